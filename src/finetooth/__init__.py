@@ -1,0 +1,66 @@
+"""Finetooth: fine-tune a language model by training only the weights that matter.
+
+    opt = finetooth.build("gmt", model, lr=1e-4, keep=0.2)
+    delta = finetooth.Delta.extract(model, base)
+
+Names are imported when they are first used, so that the command line answers before torch is loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetooth.assemble import build
+    from finetooth.delta import Delta, DeltaError, WrongBase
+    from finetooth.methods import METHODS, Method
+    from finetooth.named import FrozenMoved
+    from finetooth.optim import NonFiniteError, SelectiveAdamW
+    from finetooth.rule import Rule
+    from finetooth.selection import Selection, select
+    from finetooth.units import Unit
+    from finetooth.weight import Weight
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "METHODS": "methods",
+    "Delta": "delta",
+    "DeltaError": "delta",
+    "FrozenMoved": "named",
+    "Method": "methods",
+    "NonFiniteError": "optim",
+    "Rule": "rule",
+    "Selection": "selection",
+    "SelectiveAdamW": "optim",
+    "Unit": "units",
+    "Weight": "weight",
+    "WrongBase": "delta",
+    "build": "assemble",
+    "select": "selection",
+}
+
+__all__ = [
+    "METHODS",
+    "Delta",
+    "DeltaError",
+    "FrozenMoved",
+    "Method",
+    "NonFiniteError",
+    "Rule",
+    "Selection",
+    "SelectiveAdamW",
+    "Unit",
+    "Weight",
+    "WrongBase",
+    "__version__",
+    "build",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'finetooth' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"finetooth.{_HOMES[name]}"), name)

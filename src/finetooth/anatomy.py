@@ -1,0 +1,107 @@
+"""What each parameter of a model is: the kind of layer it feeds, the block it lies in, how it is stored.
+
+Rows choose by these facts ("the linear weights of the blocks", "2 of 4 attention matrices"), so they are read
+once, here, from the module tree: the class of the module that owns a parameter, and the number in its name.
+A linear layer outside the blocks is a head, whatever it is called. Where only named parameters are at hand
+(`guess`), a matrix in a block counts as linear and the rest as `other`: no class is known then.
+
+Not covered: encoder-decoder models (both stacks count as blocks) and adapters of other libraries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from finetooth.rule import layer
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter: kind is linear, expert, embedding, head, norm, bias or other; place is the sub-block."""
+
+    name: str
+    kind: str
+    layer: str  # "model.layers.3", or "" outside the blocks
+    place: str  # attention, ffn, norm, or "" outside the blocks
+    transposed: bool = False  # stored [in, out]
+
+
+def survey(model: nn.Module) -> dict[str, Part]:
+    """Describe every parameter of a model, by its name; a tied weight appears once."""
+    owners = {
+        f"{path}.{name}" if path else name: module
+        for path, module in model.named_modules()
+        for name, _ in module.named_parameters(recurse=False)
+    }
+    classes = {path: type(module).__name__ for path, module in model.named_modules()}
+    return {name: _part(name, p, owners[name], classes) for name, p in model.named_parameters()}
+
+
+def guess(names: Iterable[tuple[str, Tensor]]) -> dict[str, Part]:
+    """Describe parameters without their model, from names and shapes alone."""
+    out = {}
+    for name, p in names:
+        kind = "bias" if name.endswith("bias") else "linear" if p.ndim >= 2 and layer(name) else "other"
+        out[name] = Part(name, kind, layer(name), _place(name, "", {}))
+    return out
+
+
+def _part(name: str, p: Tensor, owner: nn.Module, classes: Mapping[str, str]) -> Part:
+    block, kind = layer(name), "other"
+    class_name = type(owner).__name__
+    if name.endswith("bias"):
+        kind = "bias"
+    elif "Norm" in class_name:
+        kind = "norm"
+    elif isinstance(owner, nn.Embedding):
+        kind = "embedding"
+    elif isinstance(owner, nn.Linear) or class_name == "Conv1D":
+        kind = "linear" if block else "head"
+    elif p.ndim == 3 and block:
+        kind = "expert"
+    transposed = class_name == "Conv1D" or (kind == "expert" and bool(getattr(owner, "is_transposed", False)))
+    return Part(name, kind, block, _place(name, class_name, classes), transposed and p.ndim >= 2)
+
+
+def _place(name: str, owner: str, classes: Mapping[str, str]) -> str:
+    """attention, ffn or norm: by the class of the block's child that holds the parameter, then by its name."""
+    block = layer(name)
+    if not block:
+        return ""
+    child = name[len(block) + 1 :].split(".")[0]
+    if "Norm" in owner or "norm" in name.split(".")[-2] or child.startswith("ln"):
+        return "norm"
+    return "attention" if "attention" in classes.get(f"{block}.{child}", child).lower() or "attn" in child else "ffn"
+
+
+Targets = str | Iterable[str] | Callable[[str], bool]
+TARGETS: dict[str, Callable[[Part], bool]] = {
+    "all": lambda part: True,
+    "blocks": lambda part: bool(part.layer),
+    "linear": lambda part: bool(part.layer) and part.kind in ("linear", "expert"),
+    "dense-linear": lambda part: bool(part.layer) and part.kind == "linear",
+}
+
+
+def matching(targets: Targets, parts: Mapping[str, Part]) -> list[str]:
+    """The names of the parameters that take part; ValueError if a name or pattern meets none."""
+    if callable(targets):
+        found = [name for name in parts if targets(name)]
+    elif isinstance(targets, str) and targets in TARGETS:
+        found = [name for name, part in parts.items() if TARGETS[targets](part)]
+    else:
+        patterns = [targets] if isinstance(targets, str) else list(targets)
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in parts):
+                raise ValueError(
+                    f"targets: no parameter matches {pattern!r}. Give {', '.join(TARGETS)} or patterns such as "
+                    f"'*.mlp.*'. There are {', '.join(list(parts)[:3])} …"
+                )
+        found = [name for name in parts if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not found:
+        raise ValueError(f"targets={targets!r} meets none of the {len(parts)} parameters: nothing would train.")
+    return found

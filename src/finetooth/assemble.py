@@ -1,0 +1,148 @@
+"""From a method's name and a model to its optimizer."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from finetooth.anatomy import Targets, matching, survey
+from finetooth.methods import METHODS, Method
+from finetooth.optim import SelectiveAdamW
+from finetooth.probe import calibrate
+
+from finetooth.rule import POOLS, Rule
+from finetooth.units import Unit
+from finetooth.weight import Score
+
+_RULE = ("unit", "pool", "score", "threshold")
+_ROW = ("when", "rest", "state", "mask")
+_OPTIMIZER = ("betas", "eps", "decay_to", "stop_after")
+
+
+def build(
+    method: str | Score | Method,
+    model: nn.Module,
+    *,
+    lr: float = 1e-4,
+    keep: float | int | Mapping[str, float | int] | None = None,
+    weight_decay: float = 0.0,
+    max_grad_norm: float | None = 1.0,
+    seed: int = 0,
+    targets: Targets | None = None,
+    gradients: Literal["auto", "dense"] = "auto",
+    rounding: Literal["auto", "stochastic", "nearest"] = "auto",
+    calibration: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
+    base: Any = None,
+    **overrides: Any,
+) -> SelectiveAdamW:
+    """Make the optimizer of a named method, or of your own score, for a model.
+
+    Args:
+        method: a name in `METHODS`, or a score function, which makes a static compact row at 1 % of each tensor.
+        keep: the share (float) or count (int) of units that trains; None takes the row's.
+        targets: "all", "blocks", "linear", patterns of parameter names, or a function name -> bool.
+        max_grad_norm: clipping happens inside the step; switch the trainer's own off (`max_grad_norm=0`).
+        gradients: "dense" reads `p.grad`; "auto" does the same today.
+        calibration: batches of `input_ids` [batch, tokens] (and attention_mask, labels) for rows that measure first.
+        base: folder, hub id or state dict of the pretrained values; dense rows need it to extract a delta.
+        overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
+            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after.
+
+    Raises ValueError naming what was given and the choices. The model's `requires_grad` flags are set: what does
+    not train is False.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    >>> opt = build("magnitude", model, lr=1e-3, keep=0.25, targets=["*.weight"])
+    >>> {name: len(s) for name, s in opt.selections().items()}
+    {'0.weight': 4, '1.weight': 2}
+    """
+    row = _row(method)
+    _check_names(row, overrides)
+    if gradients not in ("auto", "dense"):
+        raise ValueError(f"gradients={gradients!r} is unknown: choose auto or dense.")
+    row, rule = _configured(row, model, keep, targets, overrides)
+    stats = None
+    if row.calibration and (calibration is not None or row.calibration != ("grad",)):
+        if calibration is None:
+            raise ValueError(f"{row.name!r} measures before it chooses: give calibration=batches, dicts with input_ids [batch, tokens].")
+        parts = survey(model)
+        wanted = matching(rule.targets if rule else "all", parts)
+        stats = calibrate(model, calibration, {name: parts[name] for name in wanted}, row.calibration)
+    return SelectiveAdamW(
+        model.named_parameters(), rule, row.when, row.rest, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
+        seed=seed, state=row.state, mask=row.mask, rounding=rounding, model=model, stats=stats, base=base,
+        **{name: overrides[name] for name in _OPTIMIZER if name in overrides},
+    )
+
+
+def _row(method: str | Score | Method) -> Method:
+    if isinstance(method, Method):
+        return method
+    if callable(method):
+        name = getattr(method, "__name__", "own")
+        return Method(name, "A user's own score.", "", Rule(method))
+    if method not in METHODS:
+        near = difflib.get_close_matches(str(method), METHODS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"method {method!r} is unknown.{hint} There are: {', '.join(METHODS)}.")
+    return METHODS[method]
+
+
+def _check_names(row: Method, overrides: Mapping[str, Any]) -> None:
+    known = [*_RULE, *_ROW, *_OPTIMIZER, *row.options]
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name!r} is not an option of {row.name!r}.{hint} There are: {', '.join(known)}.")
+
+
+def _configured(
+    row: Method, model: nn.Module, keep: Any, targets: Targets | None, overrides: Mapping[str, Any]
+) -> tuple[Method, Rule | None]:
+    """The row and its rule with everything the caller asked for."""
+    changes: dict[str, Any] = {}
+    if row.configure:
+        changes = row.configure(**{**row.options, **{k: v for k, v in overrides.items() if k in row.options}})
+    changes |= {k: v for k, v in overrides.items() if k in (*_RULE, *_ROW)}
+    row = replace(row, **{k: v for k, v in changes.items() if k in (*_ROW, "calibration")})
+    if row.rule is None:
+        for name, given in (("keep", keep), *((k, overrides.get(k)) for k in _RULE)):
+            if given not in (None, 1.0):
+                raise ValueError(f"{name}={given!r} has no meaning for {row.name!r}, which trains every weight that takes part.")
+        rule = None if targets is None else Rule(_everything, Unit("matrix"), keep=1.0, targets=targets)
+        return row, rule
+    rule = row.rule
+    if row.pools is not None:
+        rule = replace(rule, pool=row.pools(survey(model)))
+    fields = {k: v for k, v in changes.items() if k in _RULE} | {k: v for k, v in (("keep", keep), ("targets", targets)) if v is not None}
+    fields |= {"unit": _unit(fields["unit"])} if "unit" in fields else {}
+    fields |= {"pool": _pool(fields["pool"])} if "pool" in fields else {}
+    return row, replace(rule, **fields)
+
+
+def _everything(w: Any) -> Tensor:
+    return w.value.new_ones(1)  # type: ignore[no-any-return]
+
+
+def _unit(given: Unit | str) -> Unit:
+    """A unit, or its name: "column", "block(32)"."""
+    if isinstance(given, Unit):
+        return given
+    kind, _, size = given.removesuffix(")").partition("(")
+    return Unit(kind, int(size) if size.isdigit() else 1)
+
+
+def _pool(given: str | Callable[[str], str]) -> Callable[[str], str]:
+    if callable(given):
+        return given
+    if given not in POOLS:
+        raise ValueError(f"pool={given!r} is unknown: choose one of {', '.join(POOLS)}, or give a function of the name.")
+    return POOLS[given]
+
+
+

@@ -1,0 +1,138 @@
+"""Checkpoint folders as transformers writes them: where each tensor lies, and a copy with some tensors changed.
+
+A changed copy is made by copying a shard and writing the new bytes over the old ones at the offsets that its
+header gives: one tensor in memory at a time, and everything else in the file stays what it was. Loading the
+model and saving it again would need the memory of the model and would rewrite names, metadata and shards.
+
+Not covered: pickle checkpoints, and weights in other formats lying beside (they would be stale, so they are
+not copied).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+# Weights and optimizer states that a changed copy must not carry along, and folders that are no part of a model.
+_STALE = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot")
+
+
+def resolve(source: str | Path) -> Path:
+    """The path of a folder, a file or a hub id; a hub id is downloaded if it is not in the local cache."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(str(source)):
+        raise FileNotFoundError(f"no file or folder at {source}.")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES))
+    except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as e:
+        raise FileNotFoundError(f"{source} is neither a path nor a model on the hub that can be reached: {e}") from e
+
+
+def shards(folder: Path) -> dict[str, Path]:
+    """Where each tensor of a checkpoint folder lies. As in transformers, a single file goes before an index."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if not single.exists() and not index.exists():
+        others = sorted(folder.glob("*.safetensors"))
+        if len(others) != 1:
+            hint = " (pickle checkpoints are not read: save again as safetensors)" if [*folder.glob("*.bin")] else ""
+            raise FileNotFoundError(
+                f"{folder} holds no model.safetensors, no model.safetensors.index.json and {len(others)} other "
+                f"safetensors files: expected a checkpoint folder{hint}."
+            )
+        single = others[0]
+    return names_in(single) if single.exists() else _indexed(index)
+
+
+def _indexed(index: Path) -> dict[str, Path]:
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        where = {str(name): str(file) for name, file in table.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{index} is not an index of shards: expected JSON with a weight_map.") from e
+    held: dict[str, dict[str, Path]] = {}
+    for file in dict.fromkeys(where.values()):
+        if Path(file).name != file:
+            raise ValueError(f"{index} names the shard {file!r}: a shard is a file in the same folder.")
+        held[file] = names_in(index.parent / file)
+    for name, file in where.items():
+        if name not in held[file]:
+            raise ValueError(f"{index} says that '{name}' is in {file}, which does not hold it.")
+    return {name: index.parent / file for name, file in where.items()}
+
+
+def names_in(file: Path) -> dict[str, Path]:
+    """The tensors of one file, as `shards` gives them."""
+    return dict.fromkeys(open_file(file).keys(), file)
+
+
+def open_file(file: Path) -> Any:
+    """safetensors' handle of a file; its header is checked, its tensors are read when asked for."""
+    from safetensors import SafetensorError, safe_open
+
+    if not file.is_file():
+        raise FileNotFoundError(f"the weights file {file} is missing.")
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{file} is not a whole safetensors file: {e}") from e
+
+
+def copy_changed(src: Path, dst: Path, names: Iterable[str], bytes_of: Callable[[str], memoryview]) -> None:
+    """Write `dst`, a copy of the checkpoint folder `src` in which the tensors `names` have the bytes `bytes_of(name)`.
+
+    Nothing appears at `dst` before everything is written. Raises FileExistsError if it is there already.
+    """
+    where = shards(src)
+    refuse_target(src, dst)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    temp = dst.parent / f".{dst.name}.{secrets.token_hex(4)}.tmp"
+    try:
+        shutil.copytree(src, temp, ignore=_ignored, copy_function=shutil.copyfile)
+        changed = set(names)
+        for file in dict.fromkeys(where.values()):
+            shutil.copyfile(file, temp / file.name)
+            _overwrite(temp / file.name, [n for n in where if n in changed and where[n] == file], bytes_of)
+        temp.rename(dst)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def refuse_target(src: Path, dst: Path) -> None:
+    """Raise unless `dst` is a new folder outside `src`."""
+    if dst.exists() or dst.is_symlink():
+        raise FileExistsError(f"{dst} exists: give the name of a new folder.")
+    if src.resolve() in dst.resolve().parents:
+        raise ValueError(f"{dst} lies inside {src}, which is being copied: give a folder outside of it.")
+
+
+def _overwrite(file: Path, names: list[str], bytes_of: Callable[[str], memoryview]) -> None:
+    with file.open("r+b") as f:
+        (size,) = struct.unpack("<Q", f.read(8))
+        header = json.loads(f.read(size))
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            new = bytes_of(name)
+            if new.nbytes != end - begin:
+                raise ValueError(f"'{name}' has {end - begin} bytes in {file.name}, not {new.nbytes}.")
+            f.seek(8 + size + begin)
+            f.write(new)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _ignored(folder: str, names: list[str]) -> set[str]:
+    return {n for n in names if n.endswith(_STALE) or n.startswith((".", "checkpoint-"))}

@@ -1,0 +1,143 @@
+"""What happens to the weights that were not chosen.
+
+`frozen`     they keep the value they have.
+`reset`      they go back to the base: what is not selected *is* the base (DST).
+`noise`      they are frozen, and training forwards see them with noise of the size of a b-bit rounding error
+             (GIFT-SW): y = x (W + E)^T with E_:j = 0 for the chosen columns j and
+             E_ij = 1/2 D_i n_ij, n ~ N(0, 1), elsewhere; D_i is the quantization step of output row i.
+`quantized`  they are rounded to b bits once, before training (GIFT-SW's second order: quantize, then train).
+
+Noise is drawn again in every forward of the model and made again in backward from its key
+(seed, parameter name, forward), so it is never stored, and it is added to the layer's output, so the stored
+weight is never touched. The forward is counted at the model, not at the layer: a layer that is recomputed
+for gradient checkpointing sees the noise of its forward. Two training forwards before one backward, with
+checkpointing, would recompute the first with the second's noise; that is not supported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetooth import quantize
+from finetooth.kernels import reference
+from finetooth.selection import Selection
+
+
+@dataclass(frozen=True)
+class Rest:
+    """A choice of this module; make one with `frozen()`, `reset()`, `noise()` or `quantized()`."""
+
+    kind: str = "frozen"
+    bits: int = 0
+    zero_moments: bool = False
+
+
+def frozen() -> Rest:
+    """Weights that were not chosen keep their value."""
+    return Rest()
+
+
+def reset(zero_moments: bool = False) -> Rest:
+    """Weights that were not chosen return to the base; zero_moments: their optimizer moments start again too."""
+    return Rest("reset", zero_moments=zero_moments)
+
+
+def noise(bits: int = 4) -> Rest:
+    """Training forwards see the other columns with noise of half a b-bit quantization step."""
+    return Rest("noise", _checked(bits))
+
+
+def quantized(bits: int = 4) -> Rest:
+    """The other columns are rounded to b bits before training."""
+    return Rest("quantized", _checked(bits))
+
+
+def _checked(bits: int) -> int:
+    if not 2 <= bits <= 8:
+        raise ValueError(f"bits={bits} is out of range: give 2 to 8.")
+    return bits
+
+
+class _AddNoise(torch.autograd.Function):
+    """x -> x E^T, with E made from its key in both passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, half_step: Tensor, kept: Tensor, key: int) -> Tensor:
+        ctx.save_for_backward(half_step, kept)
+        ctx.key = key
+        return x @ perturbation(half_step, kept, key).to(x.dtype).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        half_step, kept = ctx.saved_tensors
+        return grad @ perturbation(half_step, kept, ctx.key).to(grad.dtype), None, None, None
+
+
+def perturbation(
+    half_step: Tensor,  # [out, 1] float32: the standard deviation of every row
+    kept: Tensor,  # [in] bool: the chosen columns
+    key: int,
+) -> Tensor:  # [out, in] float32
+    """The noise E of one layer in one forward."""
+    generator = torch.Generator(half_step.device).manual_seed(key & (2**63 - 1))
+    shape = (half_step.shape[0], kept.numel())
+    return torch.randn(shape, generator=generator, device=half_step.device).mul_(half_step).masked_fill_(kept, 0.0)
+
+
+class Noise:
+    """The hooks that add the noise to a model's training forwards, from construction until `remove`."""
+
+    def __init__(self, model: nn.Module, columns: Mapping[str, Selection], bits: int, seed: int) -> None:
+        self.forwards, self._seed, self._bits = 0, seed, bits
+        self._handles = [model.register_forward_pre_hook(self._count)]
+        for name, selection in columns.items():
+            module = model.get_submodule(name.removesuffix(".weight"))
+            self._handles.append(module.register_forward_hook(self._hook(name, selection)))
+
+    def remove(self) -> None:
+        """Take the hooks out: the model is as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _count(self, module: nn.Module, args: object) -> None:
+        self.forwards += module.training
+
+    def _hook(self, name: str, selection: Selection) -> Any:
+        steps: list[Tensor] = []
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+            if not module.training:
+                return None
+            kept = kept_columns(selection)
+            if not steps:
+                stored = module.get_parameter("weight").detach()
+                steps.append(quantize.steps(_oriented(stored, selection), self._bits, kept) / 2)
+            key = reference.key(self._seed, "noise", name, self.forwards)
+            return output + _AddNoise.apply(args[0], steps[0], kept, key)  # type: ignore[no-untyped-call]
+
+        return hook
+
+
+def kept_columns(selection: Selection) -> Tensor:
+    """The chosen input columns as bool [in]; a selection of stored rows is one of a transposed weight's columns."""
+    n = selection.unit.count(selection.shape)
+    kept = torch.zeros(n, dtype=torch.bool, device=selection.index.device)
+    kept[selection.index.long()] = True
+    return kept
+
+
+def _oriented(stored: Tensor, selection: Selection) -> Tensor:
+    return stored.t() if selection.unit.kind == "row" else stored
+
+
+def quantize_(p: Tensor, selection: Selection, bits: int) -> None:
+    """Round the columns of a matrix that were not chosen to b bits, in place; the chosen ones keep their bits."""
+    weight = _oriented(p, selection)
+    kept = kept_columns(selection)
+    weight.copy_(torch.where(kept, weight, quantize.quantized(weight, bits, kept).to(p.dtype)))

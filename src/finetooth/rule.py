@@ -1,0 +1,106 @@
+"""How to choose, as data: a score, a unit, a budget, the pools that have one, and the parameters that take part.
+
+`keep` is always the share that trains. As a fraction of n units it is k = max(1, round(keep * n)); as a count it
+is k = min(keep, n). A pool is what has one budget: a tensor, a module (`silo`: a weight and its bias), a layer or
+the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from finetooth.units import Unit
+from finetooth.weight import Score
+
+Budget = Callable[[Mapping[str, int], int], Mapping[str, int]]
+
+
+def stem(name: str) -> str:
+    """The module a parameter belongs to: a weight and its bias have the same stem.
+
+    >>> stem("model.layers.0.mlp.up_proj.weight")
+    'model.layers.0.mlp.up_proj'
+    """
+    for tail in (".weight", ".bias", "_bias"):
+        if name.endswith(tail):
+            return name[: -len(tail)]
+    return name
+
+
+def layer(name: str) -> str:
+    """The block a parameter belongs to, by the first number in its name; '' outside the blocks.
+
+    >>> layer("model.layers.0.mlp.up_proj.weight")
+    'model.layers.0'
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    return "" if at is None else ".".join(parts[: at + 1])
+
+
+def by_tensor(name: str) -> str:
+    """Pool: every tensor has a budget of its own."""
+    return name
+
+
+def by_model(name: str) -> str:
+    """Pool: one budget for the whole model."""
+    return "model"
+
+
+POOLS: dict[str, Callable[[str], str]] = {"tensor": by_tensor, "silo": stem, "layer": layer, "model": by_model}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How to choose: which score, in which units, how many in each pool, among which parameters.
+
+    keep: a fraction in (0, 1] or a count of units per pool, a mapping pool -> either, or a function of the
+    number of units in every pool and the seed. targets: "all", "blocks" (everything inside the transformer
+    blocks), "linear" (the linear, Conv1D and expert weights of the blocks), a list of glob patterns of
+    parameter names, or a function name -> bool. What does not take part is frozen.
+    threshold: keep everything that reaches the k-th score, ties included, instead of exactly k.
+    """
+
+    score: Score
+    unit: Unit = field(default_factory=Unit)
+    keep: float | int | Mapping[str, float | int] | Budget = 0.01
+    pool: Callable[[str], str] = by_tensor
+    targets: str | Iterable[str] | Callable[[str], bool] = "linear"
+    threshold: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.keep, int | float):
+            check_keep(self.keep, "keep")
+        elif isinstance(self.keep, Mapping):
+            for pool, share in self.keep.items():
+                check_keep(share, f"keep[{pool!r}]")
+
+    def budgets(self, units: Mapping[str, int], seed: int) -> dict[str, int]:
+        """The number of units to keep in every pool, given how many units each has."""
+        keep = self.keep
+        if isinstance(keep, Mapping) or callable(keep):
+            wanted = keep if isinstance(keep, Mapping) else keep(units, seed)
+            if unknown := sorted(set(wanted) - set(units)):
+                raise ValueError(f"keep names the pool {unknown[0]!r}, which no target belongs to: there are {list(units)[:5]} …")
+            return {pool: count(wanted.get(pool, 0), n) for pool, n in units.items()}
+        return {pool: count(keep, n) for pool, n in units.items()}
+
+
+def check_keep(keep: float | int, what: str) -> None:
+    """Raise ValueError unless `keep` is a fraction in (0, 1] or a count of units."""
+    fraction = isinstance(keep, float)
+    if isinstance(keep, bool) or (fraction and not 0 < keep <= 1) or keep < 0:
+        raise ValueError(f"{what}={keep} is out of range: give a fraction in (0, 1] (a float) or a count of units (an int).")
+
+
+def count(keep: float | int, n: int) -> int:
+    """`keep` of n units: a fraction is max(1, round(keep * n)), a count is at most n; 0 stays 0.
+
+    >>> count(0.2, 10), count(0.01, 10), count(128, 64), count(0, 10)
+    (2, 1, 64, 0)
+    """
+    if n == 0 or keep == 0:
+        return 0
+    return min(n, max(1, round(keep * n)) if isinstance(keep, float) else keep)

@@ -1,0 +1,192 @@
+"""Which weights train, as data, and the only place in this package where a top-k exists.
+
+A `Rule` says how to choose; `select` applies it to the weights of a model and returns one `Selection` for
+each. Choosing is: score every entry, add the scores of the entries of a unit, and in every *pool* (a
+tensor, a module, the model) keep the k units that score highest. The budget of a pool is met exactly:
+ties fall to the larger secondary key (a score with a `tie` attribute names it), then to the smaller index.
+The exception is a rule with `threshold=True`, where everything that reaches the k-th score is kept, as GMT
+defines it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from finetooth.rule import Rule, layer, stem
+from finetooth.units import WHOLE, Unit
+from finetooth.weight import Score, Weight
+
+@dataclass(frozen=True)
+class Selection:
+    """The chosen units of one tensor: sorted unit ids, the unit they count, the tensor's shape.
+
+    >>> s = Selection(torch.tensor([0, 2], dtype=torch.int32), Unit("column"), (2, 3))
+    >>> x = torch.arange(6.0).reshape(2, 3)
+    >>> s.gather(x)
+    tensor([[0., 3.],
+            [2., 5.]])
+    >>> s.scatter_(x, torch.zeros(2, 2)); x
+    tensor([[0., 1., 0.],
+            [0., 4., 0.]])
+    """
+
+    index: Tensor
+    unit: Unit
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.index.numel()
+
+    @property
+    def numel(self) -> int:
+        """How many entries are chosen."""
+        return len(self) * self.unit.numel(self.shape)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The chosen units of `x` as a new tensor `[k, unit_numel]`."""
+        grid = self._grid(x)
+        if grid.ndim == 2:
+            return grid.index_select(0, self.index)
+        return grid[torch.unravel_index(self.index.long(), grid.shape[:-1])]
+
+    def scatter_(self, x: Tensor, values: Tensor) -> None:
+        """Write `values` `[k, unit_numel]` into the chosen units of `x`; nothing else is touched."""
+        grid, index = self._grid(x), self.index.long()
+        if grid.ndim == 2:
+            grid.index_copy_(0, index, values)
+        else:
+            grid[torch.unravel_index(index, grid.shape[:-1])] = values
+
+    def mask(self) -> Tensor:
+        """A boolean tensor of the weight's shape, true where chosen."""
+        mask = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device)
+        chosen = torch.ones((), dtype=torch.bool, device=mask.device)
+        self.scatter_(mask, chosen.expand(len(self), self.unit.numel(self.shape)))
+        return mask
+
+    def _grid(self, x: Tensor) -> Tensor:
+        if tuple(x.shape) != self.shape:
+            raise ValueError(f"a selection of a tensor of shape {self.shape} was used on one of shape {tuple(x.shape)}.")
+        return self.unit.grid(x)
+
+    @staticmethod
+    def whole(shape: tuple[int, ...], device: torch.device | str = "cpu", unit: Unit = Unit("matrix")) -> Selection:
+        """Everything: every unit of the tensor."""
+        return Selection(_ids(torch.arange(unit.count(shape), device=device)), unit, shape)
+
+
+def _ids(index: Tensor) -> Tensor:
+    return index.to(torch.int32 if index.numel() == 0 or int(index[-1]) < 2**31 - 1 else torch.int64)
+
+
+def select(rule: Rule, weights: Iterable[Weight]) -> dict[str, Selection]:
+    """Apply a rule: one `Selection` of the storage of every weight.
+
+    Raises ValueError for a score of the wrong shape, or one that is negative or not finite.
+    """
+    return {name: selection for found in select_pools(rule, weights) for name, selection in found.items()}
+
+
+def select_pools(rule: Rule, weights: Iterable[Weight]) -> Iterator[dict[str, Selection]]:
+    """The same one pool at a time, letting go of what a pool's scores read before the next is scored."""
+    pools: dict[str, list[Weight]] = {}
+    for weight in weights:
+        pools.setdefault(rule.pool(weight.name), []).append(weight)
+    if not pools:
+        return
+    seed = next(iter(pools.values()))[0].seed
+    budgets = rule.budgets({pool: _units(rule, members) for pool, members in pools.items()}, seed)
+    choose = _choose_groups if rule.unit.kind in WHOLE else _choose_units
+    for pool in list(pools):
+        yield choose(rule, pools.pop(pool), budgets[pool])
+
+
+def _units(rule: Rule, members: list[Weight]) -> int:
+    if rule.unit.kind in WHOLE:
+        return len({group_of(rule.unit, w.name) for w in members})
+    return sum(unit.count(shape) for shape, unit in (w.stored for w in members))
+
+
+def group_of(unit: Unit, name: str) -> str:
+    """Which whole tensors are chosen together: those of a module, or those of a block."""
+    return layer(name) if unit.kind == "layer" else stem(name)
+
+
+def _choose_units(rule: Rule, members: list[Weight], k: int) -> dict[str, Selection]:
+    scores = [unit_scores(rule.score, w) for w in members]
+    tie = getattr(rule.score, "tie", None)
+    second = (lambda: torch.cat([unit_scores(tie, w) for w in members])) if tie else None
+    flat = scores[0] if len(scores) == 1 else torch.cat(scores)
+    index, out, start = top(flat, k, second, rule.threshold), {}, 0
+    for w, s in zip(members, scores, strict=True):
+        low, high = torch.searchsorted(index, torch.tensor([start, start + s.numel()], device=index.device)).tolist()
+        shape, unit = w.stored
+        out[w.name] = Selection(_ids(index[low:high] - start), unit, shape)
+        start += s.numel()
+    return out
+
+
+def _choose_groups(rule: Rule, members: list[Weight], k: int) -> dict[str, Selection]:
+    """The score of a group is the mean over its tensors, so that a bias does not count as a second vote."""
+    groups: dict[str, list[Tensor]] = {}
+    for w in members:
+        groups.setdefault(group_of(rule.unit, w.name), []).append(unit_scores(rule.score, w))
+    flat = torch.cat([torch.stack(s).mean(0) for s in groups.values()])
+    kept = {list(groups)[i] for i in top(flat, k).tolist()}
+    out = {}
+    for w in members:
+        whole = Selection.whole(w.stored[0], w.value.device, rule.unit)
+        out[w.name] = whole if group_of(rule.unit, w.name) in kept else replace(whole, index=whole.index[:0])
+    return out
+
+
+def unit_scores(score: Score, w: Weight) -> Tensor:
+    """Score a weight and add up the entries of every unit: float32 `[n_units]`, in storage order.
+
+    A score may also return one number per unit, `[n_units]`, where the sum is not what it means.
+    """
+    s = score(w).float()
+    shape, unit = w.stored
+    n, name = unit.count(shape), getattr(score, "__name__", type(score).__name__)
+    if s.shape == w.value.shape and tuple(s.shape) != (n,):
+        grid = unit.grid((s.transpose(-1, -2) if w.transposed else s).contiguous())
+        s = (grid.sum(-1) if grid.shape[-1] != 1 else grid).flatten()
+    elif tuple(s.shape) != (n,):
+        raise ValueError(
+            f"score {name!r} returned shape {tuple(s.shape)} for {w.name!r}: expected the weight's "
+            f"{tuple(w.value.shape)}, or one value for each of its {n} units ({unit})."
+        )
+    if s.numel() and not (torch.isfinite(s).all() and s.min() >= 0):
+        raise ValueError(f"score {name!r} is negative or not finite in {w.name!r}: a score is a non-negative number.")
+    return s
+
+
+def kth_largest(scores: Tensor, k: int) -> Tensor:
+    """The exact k-th largest of a flat tensor, 1 <= k <= n, as a 0-d tensor."""
+    return torch.kthvalue(scores, scores.numel() - k + 1).values
+
+
+def top(scores: Tensor, k: int, tie: Callable[[], Tensor] | None = None, threshold: bool = False) -> Tensor:
+    """Ids of the k largest of a flat score, sorted; equal scores: the larger `tie`, then the smaller id.
+
+    >>> top(torch.tensor([1.0, 3.0, 3.0, 2.0]), 1).tolist()
+    [1]
+    >>> top(torch.tensor([1.0, 3.0, 3.0, 2.0]), 1, threshold=True).tolist()
+    [1, 2]
+    """
+    if k <= 0 or scores.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device=scores.device)
+    if k >= scores.numel():
+        return torch.arange(scores.numel(), device=scores.device)
+    cut = kth_largest(scores, k)
+    if threshold:
+        return (scores >= cut).nonzero().flatten()
+    above, level = (scores > cut).nonzero().flatten(), (scores == cut).nonzero().flatten()
+    need = k - above.numel()
+    if tie is not None and level.numel() > need:
+        level = level[torch.sort(tie()[level], descending=True, stable=True).indices]
+    return torch.cat([above, level[:need]]).sort().values

@@ -1,0 +1,132 @@
+"""What the optimizer remembers about one tensor, and how that moves when the selection does.
+
+Dense slots hold moments of the weight's shape. Compact slots hold, for k chosen units of u entries, moments
+`[k, u]`, the age of every unit, and for weights of less than 32 bits a float32 master `[k, u]`, because a
+bf16 weight swallows most steps of a small learning rate. When a selection changes, units that stay carry all
+of it along, new ones start at zero with the weight's present value, units that left are dropped.
+
+`replaced` holds the pretrained values of what trains, which is enough to rebuild the base tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetooth.base import Replaced
+from finetooth.kernels import reference
+from finetooth.selection import Selection
+from finetooth.units import Unit
+
+
+@dataclass
+class Slot:
+    """The state of one tensor; `age` is one number while all its units have the same."""
+
+    name: str
+    selection: Selection | None = None
+    replaced: Replaced | None = None
+    exp_avg: Tensor | None = None
+    exp_avg_sq: Tensor | None = None
+    master: Tensor | None = None
+    age: int | Tensor = 0
+
+    @property
+    def chosen(self) -> int:
+        """The number of entries chosen now."""
+        return 0 if self.selection is None else self.selection.numel
+
+    def start_dense(self, p: Tensor) -> None:
+        """Moments for every entry, once."""
+        if self.exp_avg is None:
+            self.exp_avg = torch.zeros_like(p, dtype=torch.float32)
+            self.exp_avg_sq = torch.zeros_like(p, dtype=torch.float32)
+
+    def migrate(self, new: Selection, p: Tensor) -> None:
+        """Take over a new selection (compact slots)."""
+        old, shape = self.selection, (len(new), new.unit.numel(new.shape))
+        m, v = torch.zeros(shape, device=p.device), torch.zeros(shape, device=p.device)
+        master = None if p.dtype == torch.float32 else new.gather(p).float()
+        if old is not None and len(old) and len(new):
+            here, there = _shared(old.index, new.index)
+            assert self.exp_avg is not None and self.exp_avg_sq is not None
+            m[there], v[there] = self.exp_avg[here], self.exp_avg_sq[here]
+            if master is not None and self.master is not None:
+                master[there] = self.master[here]
+            self.age = self._ages(old, new, here, there)
+        else:
+            self.age = 0
+        self.selection, self.exp_avg, self.exp_avg_sq, self.master = new, m, v, master
+
+    def _ages(self, old: Selection, new: Selection, here: Tensor, there: Tensor) -> int | Tensor:
+        if isinstance(self.age, int) and len(here) == len(new):
+            return self.age
+        ages = torch.zeros(len(new), dtype=torch.int32, device=here.device)
+        ages[there] = self.age[here] if isinstance(self.age, Tensor) else self.age
+        return ages
+
+    def update(self, p: Tensor, g: Tensor, rate: dict[str, Any], decay_to_base: bool) -> None:
+        """One AdamW step of the chosen units (compact): g is `[k, u]` float32; p is written in place."""
+        selection = self.selection
+        assert selection is not None and self.exp_avg is not None and self.exp_avg_sq is not None
+        self.age = self.age + 1
+        values = selection.gather(p) if self.master is None else self.master
+        target = selection.gather(self.original(p)).float() if decay_to_base else None
+        reference.adamw_(values, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=target, **rate)
+        selection.scatter_(p, values.to(p.dtype))
+
+    def update_dense(self, x: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None) -> None:
+        """One AdamW step of the whole tensor x (float32), in place."""
+        self.start_dense(x)
+        assert self.exp_avg is not None and self.exp_avg_sq is not None
+        self.age = self.age + 1
+        reference.adamw_(x, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=base, **rate)
+
+    def original(self, p: Tensor) -> Tensor:
+        """The base tensor, rebuilt from what was replaced; p itself where nothing was."""
+        return p if self.replaced is None else self.replaced.original(p)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor this slot keeps."""
+        held = [self.exp_avg, self.exp_avg_sq, self.master, self.age]
+        held += [self.selection.index] if self.selection is not None else []
+        held += [self.replaced.index, self.replaced.values] if self.replaced is not None else []
+        return [t for t in held if isinstance(t, Tensor)]
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors, numbers and strings, for `torch.save` and `weights_only=True`."""
+        out: dict[str, Any] = {"age": self.age}
+        out |= {f: getattr(self, f) for f in ("exp_avg", "exp_avg_sq", "master") if getattr(self, f) is not None}
+        for field in ("selection", "replaced"):
+            if (held := getattr(self, field)) is not None:
+                out[field] = {"index": held.index, "unit": [held.unit.kind, held.unit.size], "shape": list(held.shape)}
+        if self.replaced is not None:
+            out["replaced"]["values"] = self.replaced.values
+        return out
+
+    @staticmethod
+    def restore(name: str, state: dict[str, Any], device: torch.device) -> Slot:
+        """The slot that `state` describes, on a device."""
+
+        def here(value: Any) -> Any:
+            return value.to(device) if isinstance(value, Tensor) else value
+
+        slot = Slot(name, age=here(state["age"]))
+        slot.exp_avg, slot.exp_avg_sq = here(state.get("exp_avg")), here(state.get("exp_avg_sq"))
+        slot.master = here(state.get("master"))
+        for field in ("selection", "replaced"):
+            if held := state.get(field):
+                unit, shape, index = Unit(*held["unit"]), tuple(held["shape"]), here(held["index"])
+                made = Selection(index, unit, shape) if field == "selection" else Replaced(unit, shape, index, here(held["values"]))
+                setattr(slot, field, made)
+        return slot
+
+
+def _shared(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions in two sorted id lists of the ids they share."""
+    at = torch.searchsorted(old, new).clamp_max(len(old) - 1)
+    there = (old[at] == new).nonzero().flatten()
+    return at[there], there

@@ -1,0 +1,89 @@
+"""What a score may read about one tensor.
+
+A score is a pure function `Weight` -> non-negative tensor, larger = train it. What it reads is filled when it
+is first read, so that a score pays only for what it uses, and asking for what is not known yet is an error that
+says so (`Unavailable`) and not a None that fails later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from finetooth.units import Unit
+
+Lazy = Tensor | Callable[[], Tensor] | None
+
+
+class Unavailable(ValueError):
+    """A score asked for something that is not known at this point, such as a gradient before the first step."""
+
+
+class Weight:
+    """Everything a score may read about one tensor, all local, filled when it is first read.
+
+    `value`, `grad`, `base` and `proposed` are `[out, in]` (experts: `[expert, out, in]`) whatever the storage,
+    so that a column is an input feature for `nn.Linear` and `Conv1D` alike. `grad` is the mean gradient of
+    the accumulation window, or of the calibration batches; `base` the pretrained value; `proposed` the value
+    a dense optimizer step would give, in float32; `stats` what `probe` measured, by name; `unit` what is
+    chosen together. `transposed` tells `select` that the storage is `[in, out]`.
+    """
+
+    __slots__ = ("_lazy", "name", "seed", "stats", "step", "transposed", "unit", "value")
+
+    def __init__(
+        self,
+        name: str,
+        value: Tensor,
+        grad: Lazy = None,
+        base: Lazy = None,
+        proposed: Lazy = None,
+        stats: Mapping[str, Tensor] | None = None,
+        seed: int = 0,
+        step: int = 0,
+        unit: Unit = Unit(),
+        transposed: bool = False,
+    ) -> None:
+        self.name, self.value, self.seed, self.step = name, value, seed, step
+        self.unit, self.transposed = unit, transposed
+        self.stats: Mapping[str, Tensor] = stats or {}
+        self._lazy: dict[str, Lazy] = {"grad": grad, "base": base, "proposed": proposed}
+
+    def _read(self, field_name: str) -> Tensor:
+        found = self._lazy[field_name]
+        if found is None:
+            raise Unavailable(f"the score reads w.{field_name}, which is not known for {self.name!r} at step {self.step}.")
+        if not isinstance(found, Tensor):
+            found = self._lazy[field_name] = found()
+        return found
+
+    @property
+    def grad(self) -> Tensor:
+        """The accumulated (or calibration) gradient, in its own dtype."""
+        return self._read("grad")
+
+    @property
+    def base(self) -> Tensor:
+        """The pretrained value."""
+        return self._read("base")
+
+    @property
+    def proposed(self) -> Tensor:
+        """The value after a dense optimizer step, float32."""
+        return self._read("proposed")
+
+    @property
+    def stored(self) -> tuple[tuple[int, ...], Unit]:
+        """The shape and the unit in storage, which is what a selection counts."""
+        shape = tuple(self.value.shape)
+        return (shape[:-2] + shape[:-3:-1], self.unit.transposed()) if self.transposed else (shape, self.unit)
+
+    def stat(self, key: str) -> Tensor:
+        """A calibration statistic; raises `Unavailable` where it was not measured."""
+        if key not in self.stats:
+            raise Unavailable(f"the score reads the statistic {key!r} of {self.name!r}: give calibration=batches.")
+        return self.stats[key]
+
+
+Score = Callable[[Weight], Tensor]
