@@ -171,6 +171,9 @@ class Files(Base):
 
     @contextmanager
     def opened(self) -> Iterator[Base]:
+        if self._open:
+            yield self
+            return
         try:
             self._open = {path: open_file(path) for path in dict.fromkeys(self.where.values())}
             yield self

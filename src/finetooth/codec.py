@@ -41,7 +41,7 @@ class DeltaError(ValueError):
     """A delta that cannot be read, or that does not fit what it is applied to. Nothing has been changed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Change:
     """What happened to one tensor: the chosen units and their new values."""
 
@@ -67,7 +67,7 @@ class Origin:
         return ("the tuned form of " if self.tuned else "") + name + (f"@{self.revision}" if self.revision else "")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parts:
     """What a file holds, before it is a `Delta`."""
 

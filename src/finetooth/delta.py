@@ -11,18 +11,19 @@ before, and what its fingerprint will be after. A check reads and hashes each to
 fails all the same (a lost device, an interrupt), what was written is put back.
 
 Not covered: tensors that the delta does not touch are not fingerprinted, so a base that differs only there
-passes; extracting a delta holds all changed values in memory; sharded tensors (DTensor) are refused.
+passes; extracting a delta holds all changed values in memory; sharded tensors (DTensor) are refused; a delta
+made of two checkpoints without `lm_head.weight` does not know that this name is tied, so a state dict that
+holds a *copy* under it keeps the copy as it is (a module, whose names share storage, is fine).
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,8 @@ from finetooth.base import Base, Held, bits, dtype_name, fingerprint, open_base,
 from finetooth.codec import Change, DeltaError, Origin, Parts
 from finetooth.diff import change, gather, pair, scatter_
 
+__all__ = ["Change", "Delta", "DeltaError", "Origin", "WrongBase", "apply_folder"]
+
 State = Literal["base", "applied"]
 
 
@@ -39,7 +42,7 @@ class WrongBase(DeltaError):
     """The target holds other weights than the delta was made for. Nothing has been changed."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Delta:
     """Changes by tensor name, and what they belong to.
 
@@ -54,7 +57,7 @@ class Delta:
 
     changes: Mapping[str, Change]
     tied: Mapping[str, str] = field(default_factory=dict)  # alias -> name
-    base: Origin = Origin()
+    base: Origin = field(default_factory=Origin)
     method: str | None = None
     recipe: Any = None  # JSON
     library: str = ""
@@ -112,7 +115,7 @@ class Delta:
 
     def inverse(self, base: Any = None) -> Delta:
         """The delta that takes this one off. After `extract` or `apply` it is known; else `base` has to be given."""
-        before = self._before if base is None else self._read(open_base(base))
+        before = self._before if base is None else self._check(open_base(base))
         if set(before) != set(self.changes):
             raise DeltaError(
                 "this delta holds the new values only, as a file does: its inverse is what apply returns, or give "
@@ -122,8 +125,8 @@ class Delta:
             name: replace(c, values=before[name], fingerprint=c.result, result=c.fingerprint)
             for name, c in self.changes.items()
         }
-        known = {name: c.values for name, c in self.changes.items()}
-        return replace(self, changes=changes, base=replace(self.base, tuned=not self.base.tuned), _before=known)
+        base_now = replace(self.base, tuned=not self.base.tuned)
+        return replace(self, changes=changes, base=base_now, _before=self._values())
 
     @contextmanager
     def reverted(self, model: nn.Module | dict[str, Tensor], *, check: bool = True) -> Iterator[Any]:
@@ -136,7 +139,7 @@ class Delta:
         held = _live(model)
         if check:
             inverse._check(held)
-        inverse._write(held, {name: c.values for name, c in self.changes.items()})
+        inverse._write(held, self._values())
         try:
             yield model
         finally:
@@ -147,17 +150,14 @@ class Delta:
 
         `target` is anything that `open_base` opens; it is only read.
         """
+        first: dict[State, str] = {}
         with open_base(target).opened() as held:
-            for state, key in (("applied", "result"), ("base", "fingerprint")):
-                wrong = self._differing(held, key)
-                if wrong is None:
-                    return "applied" if state == "applied" else "base"
-        name, _, found = wrong
-        c = self.changes[name]
-        raise WrongBase(
-            f"'{name}' is neither the base's nor the tuned one: found {found}, the base ({self.base}) has "
-            f"{c.fingerprint}, the tuned model {c.result}."
-        )
+            for name, places in self._fits(held).items():
+                for place in places:
+                    first.setdefault(self._state(name, place, fingerprint(held.tensor(place))), place)
+        if len(first) == 2:
+            raise WrongBase(f"partly applied: '{first['base']}' is still the base's, '{first['applied']}' the tuned one.")
+        return "base" if "base" in first else "applied"
 
     def info(self) -> dict[str, Any]:
         """What the delta is, as plain data for a table or JSON."""
@@ -179,6 +179,7 @@ class Delta:
             "revision": self.base.revision,
             "inverse": self.base.tuned,
             "method": self.method,
+            "recipe": self.recipe,
             "library": self.library,
             "tied": dict(self.tied),
         }
@@ -189,68 +190,73 @@ class Delta:
     def _values(self) -> dict[str, Tensor]:
         return {name: c.values for name, c in self.changes.items()}
 
-    def _names(self, name: str, held: Base) -> list[str]:
-        """Where `held` has the tensor: under its name and under aliases that are copies of their own."""
-        there = set(held.names())
-        names = [n for n in (name, *(a for a, of in self.tied.items() if of == name)) if n in there]
-        return [n for n in names if held.tied.get(n) not in names]
+    def _fits(self, held: Base) -> dict[str, list[str]]:
+        """Where `held` has each changed tensor: under its name, and under aliases that are copies of their own.
 
-    def _check(self, held: Base) -> dict[str, Tensor]:
-        """Everything that could be wrong, before the first write. Returns the values that will be replaced."""
-        self._fits(held)
-        wrong = self._differing(held, "fingerprint")
-        if wrong is not None:
-            self._refuse(held, *wrong)
-        return self._read(held)
-
-    def _fits(self, held: Base) -> None:
-        lost = [name for name in self.changes if not self._names(name, held)]
+        Raises DeltaError if it has not, or has it in another shape or dtype.
+        """
+        there, groups = set(held.names()), {name: [name] for name in self.changes}
+        for alias, name in self.tied.items():
+            groups.get(name, []).append(alias)
+        places = {name: [n for n in group if n in there] for name, group in groups.items()}
+        lost = [name for name, found in places.items() if not found]
         if lost:
             more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
             raise DeltaError(f"the target has no '{lost[0]}'{more}: the delta was made for {self.base}.")
-        for name, c in self.changes.items():
-            for n in self._names(name, held):
-                expected = (c.selection.shape, c.values.dtype)
-                found = held.shape_dtype(n)
-                if found != expected:
-                    (a, b), (x, y) = expected, found
-                    raise DeltaError(f"'{n}' is {dtype_name(y)} {list(x)}, the delta's is {dtype_name(b)} {list(a)}.")
         owners: dict[str, str] = {}
-        for name in self.changes:
-            for n in self._names(name, held):
-                place = held.tied.get(n, n)
-                if owners.setdefault(place, name) != name:
-                    raise DeltaError(f"the target ties '{owners[place]}' and '{name}', which the delta changes apart.")
+        for name, found in places.items():
+            for n in found:
+                self._same_kind(name, n, held)
+                storage = held.tied.get(n, n)
+                if owners.setdefault(storage, name) != name:
+                    raise DeltaError(f"the target ties '{owners[storage]}' and '{name}', which the delta changes apart.")
+        return {name: [n for n in found if held.tied.get(n) not in found] for name, found in places.items()}
 
-    def _differing(self, held: Base, key: str) -> tuple[str, str, str] | None:
-        """The first tensor whose fingerprint is not the change's `key`: (change, name there, fingerprint)."""
-        self._fits(held)
-        for name, c in self.changes.items():
-            for n in self._names(name, held):
-                found = fingerprint(held.tensor(n))
-                if found != getattr(c, key):
-                    return name, n, found
-        return None
+    def _same_kind(self, name: str, place: str, held: Base) -> None:
+        c = self.changes[name]
+        shape, dtype = held.shape_dtype(place)
+        if (shape, dtype) != (c.selection.shape, c.values.dtype):
+            expected = f"{dtype_name(c.values.dtype)} {list(c.selection.shape)}"
+            raise DeltaError(f"'{place}' is {dtype_name(dtype)} {list(shape)}, and {expected} in the delta.")
 
-    def _refuse(self, held: Base, name: str, place: str, found: str) -> None:
-        if self._differing(held, "result") is None:
+    def _state(self, name: str, place: str, found: str) -> State:
+        c = self.changes[name]
+        if found == c.result:
+            return "applied"
+        if found == c.fingerprint:
+            return "base"
+        raise WrongBase(
+            f"'{place}' is neither the base's nor the tuned one: found {found}, the base ({self.base}) has "
+            f"{c.fingerprint}, the tuned model {c.result}."
+        )
+
+    def _check(self, held: Base) -> dict[str, Tensor]:
+        """Everything that could be wrong, before the first write. Returns the values that will be replaced."""
+        before = {}
+        with held.opened():
+            for name, places in self._fits(held).items():
+                for n in reversed(places):
+                    t = held.tensor(n).detach().cpu().contiguous()
+                    found = fingerprint(t)
+                    if found != self.changes[name].fingerprint:
+                        self._refuse(held, name, n, found)
+                before[name] = gather(self.changes[name].selection, t)
+                self._promise(name, t, before[name])
+        return before
+
+    def _refuse(self, held: Base, name: str, place: str, found: str) -> NoReturn:
+        try:
+            applied = self.verify(held) == "applied"
+        except WrongBase:
+            applied = False
+        if applied:
             raise WrongBase(f"already applied: the target holds the result of this delta (base: {self.base}).")
         expected = self.changes[name].fingerprint
         raise WrongBase(f"'{place}' is not that of {self.base}: expected {expected}, found {found}.")
 
-    def _read(self, held: Base) -> dict[str, Tensor]:
-        """The values under the changes, once it is sure that writing the new ones gives what is promised."""
-        before = {}
-        with held.opened():
-            for name, c in self.changes.items():
-                t = held.tensor((self._names(name, held) or [name])[0]).detach().cpu().contiguous()
-                before[name] = gather(c.selection, t)
-                self._promise(name, c, t, before[name])
-        return before
-
-    def _promise(self, name: str, c: Change, t: Tensor, before: Tensor) -> None:
-        if fingerprint(t) != c.fingerprint:
-            raise WrongBase(f"'{name}' is not that of {self.base}: expected {c.fingerprint}, found {fingerprint(t)}.")
+    def _promise(self, name: str, t: Tensor, before: Tensor) -> None:
+        """Writing the new values into `t` must give exactly what the delta says."""
+        c = self.changes[name]
         changed = int((bits(before) != bits(c.values)).sum())
         if changed != c.changed:
             raise DeltaError(f"the delta says that it changes {c.changed} entries of '{name}': it changes {changed}.")
@@ -261,16 +267,15 @@ class Delta:
 
     @torch.no_grad()
     def _write(self, held: Held, before: Mapping[str, Tensor]) -> None:
-        done: list[str] = []
+        done: list[tuple[str, str]] = []
         try:
-            for name, c in self.changes.items():
-                done.append(name)
-                for n in self._names(name, held):
-                    scatter_(c.selection, held.tensor(n), c.values)
+            for name, places in self._fits(held).items():
+                for n in places:
+                    done.append((name, n))
+                    scatter_(self.changes[name].selection, held.tensor(n), self.changes[name].values)
         except BaseException:
-            for name in done:
-                for n in self._names(name, held):
-                    scatter_(self.changes[name].selection, held.tensor(n), before[name])
+            for name, n in done:
+                scatter_(self.changes[name].selection, held.tensor(n), before[name])
             raise
 
 
@@ -286,7 +291,7 @@ def apply_folder(src: str | Path, dst: str | Path, delta: Delta) -> Delta:
     checkpoint.refuse_target(src, dst)
     with open_base(src).opened() as held:
         delta._before.update(delta._check(held))
-        owner = {n: name for name in delta.changes for n in delta._names(name, held)}
+        owner = {n: name for name, places in delta._fits(held).items() for n in places}
 
         def new_bytes(n: str) -> memoryview:
             c, t = delta.changes[owner[n]], held.tensor(n).clone()
@@ -308,8 +313,9 @@ def _compare(tuned: Base, old: Base, model: Any, keep_base: bool) -> Delta:
             changes[name] = step[0]
             if keep_base:
                 before[name] = step[1]
-    id, revision = (old.id, old.revision) if old.id else (tuned.id, tuned.revision) if isinstance(tuned, Held) else (None, None)
-    return Delta(changes, tied, Origin(id, revision, weights), library=_library(), _before=before)
+    known: Base | None = old if old.id else tuned if isinstance(tuned, Held) else None  # a model in memory knows its base
+    origin = Origin(known.id, known.revision, weights) if known else Origin(weights=weights)
+    return Delta(changes, tied, origin, library=_library(), _before=before)
 
 
 def _live(target: Any) -> Held:

@@ -11,6 +11,7 @@ module's buffers may be missing on the other side. Anything else that only one s
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from finetooth.units import Unit
 
 _MATRIX = (Unit("element"), Unit("row"), Unit("column"), Unit("matrix"))
 _VECTOR = (Unit("element"), Unit("matrix"))
+_TWINS = 4  # so many names without a partner can be tied embeddings; more are another model
 
 
 def change(name: str, old: Tensor, new: Tensor) -> tuple[Change, Tensor] | None:
@@ -78,9 +80,12 @@ def pair(tuned: Base, base: Base, model: Any = None) -> tuple[list[tuple[str, st
     mine, theirs = set(tuned.names()), set(base.names())
     names = [n for n in dict.fromkeys([*tuned.names(), *base.names()]) if n not in tied]
     places = {n: (place(n, mine, tied), place(n, theirs, tied)) for n in names}
-    lone = _lone(tuned, base, places, tied, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    if lone:
+    lone = _lone(tuned, base, places, getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    both = [n for n, (a, b) in places.items() if a is not None and b is not None]
+    twins = {n: _twin(tuned if places[n][1] is None else base, n, both) for n in lone[:_TWINS]}
+    if len(lone) > _TWINS or None in twins.values():
         _refuse_names(lone, tuned, base)
+    tied |= {n: twin for n, twin in twins.items() if twin is not None}
     found = [(n, a, b) for n, (a, b) in places.items() if a is not None and b is not None]
     if not found:
         raise DeltaError("the two models have no tensor in common.")
@@ -110,21 +115,11 @@ def _equal(side: Base, alias: str, name: str) -> bool:
     return side.shape_dtype(alias) == side.shape_dtype(name) and _same_bits(side.tensor(alias), side.tensor(name))
 
 
-def _lone(tuned: Base, base: Base, places: dict[str, Any], tied: dict[str, str], ignored: Any) -> list[str]:
-    """Names that only one side has and needs a partner for; equal copies of a shared tensor become ties."""
-    lone = []
-    for name, (a, b) in places.items():
-        side = tuned if b is None else base
-        if (a is not None and b is not None) or name in side.optional:
-            continue
-        if a is None and any(re.search(pattern, name) for pattern in ignored):
-            continue
-        twin = _twin(side, name, [n for n, (x, y) in places.items() if x is not None and y is not None])
-        if twin is None:
-            lone.append(name)
-        else:
-            tied[name] = twin
-    return lone
+def _lone(tuned: Base, base: Base, places: dict[str, Any], ignored: Iterable[str]) -> list[str]:
+    """Names that only one side has, but for buffers and for what transformers ignores in a checkpoint."""
+    mine = [n for n, (a, b) in places.items() if b is None and n not in tuned.optional]
+    theirs = [n for n, (a, b) in places.items() if a is None and n not in base.optional]
+    return mine + [n for n in theirs if not any(re.search(pattern, n) for pattern in ignored)]
 
 
 def _twin(side: Base, name: str, shared: list[str]) -> str | None:

@@ -98,6 +98,8 @@ class SelectiveAdamW(NamedOptimizer):
         self._to_base, self._model, self._bad_in_a_row = decay_to == "base", model, 0
         self._noise: Noise | None = None
         self._parts: dict[str, Part] = survey(model) if model is not None else guess(given.items())
+        if rule is not None and rule.keep == 0:
+            raise ValueError("keep=0 selects nothing: nothing would train.")
         names = matching(rule.targets if rule else "all", {n: self._parts[n] for n in given})
         for name in names:
             check_parameter(name, given[name])

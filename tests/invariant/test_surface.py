@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 SNAPSHOT = Path(__file__).with_name("cli.txt")
 UPDATE = "FINETOOTH_UPDATE_SNAPSHOTS"
 NAMES = {
-    "METHODS", "build", "SelectiveAdamW", "Rule", "Selection", "Unit", "Weight", "Delta", "DeltaError",
-    "WrongBase", "select", "__version__",
+    "METHODS", "Method", "build", "SelectiveAdamW", "Rule", "Selection", "Unit", "Weight", "select",
+    "Delta", "DeltaError", "WrongBase", "FrozenMoved", "NonFiniteError", "__version__",
 }  # fmt: skip
 BUILD = [
     "method", "model", "lr", "keep", "weight_decay", "max_grad_norm", "seed", "targets", "gradients", "rounding",
@@ -81,4 +81,6 @@ def test_commands() -> None:
     if os.environ.get(UPDATE):
         SNAPSHOT.write_text(found, encoding="utf-8")
     assert SNAPSHOT.is_file(), f"there is no snapshot yet: run with {UPDATE}=1 and commit {SNAPSHOT.name}"
-    assert found == SNAPSHOT.read_text(encoding="utf-8"), f"the commands changed: run with {UPDATE}=1, and read the diff"
+    assert found == SNAPSHOT.read_text(encoding="utf-8"), (
+        f"the commands changed: run with {UPDATE}=1, and read the diff"
+    )

@@ -1,0 +1,185 @@
+"""`finetooth delta`: extract, apply, revert, verify and look at delta files, on checkpoint folders.
+
+Nothing is written in place: every command that makes a model makes a new folder, and what it made is what the
+fingerprints in the delta promise. torch is imported inside the functions, so that `--help` is instant.
+
+Exit codes: 0 done, 1 the weights are not what the delta says (verify), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from finetooth.delta import Delta
+
+app = typer.Typer(
+    name="delta",
+    help="Take, apply, check and take off what a fine-tune changed.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="The new folder to write; it must not exist.")]
+DeltaFile = Annotated[Path, typer.Argument(metavar="DELTA", help="A delta file (delta.safetensors).")]
+
+
+@app.command()
+def info(delta: DeltaFile, as_json: Json = False) -> None:
+    """Say what a delta file holds and what base it belongs to."""
+    with _clean_errors():
+        _show(_load(delta).info(), as_json, delta.name)
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The pretrained checkpoint: a folder, a safetensors file or a hub id.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint, with the same tensors.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")],
+    method: Annotated[str | None, typer.Option(help="The method to note in the file.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what leads from BASE to TUNED, comparing the two tensor by tensor."""
+    with _clean_errors():
+        if out.is_dir() or (out.exists() and not force):
+            raise FileExistsError(f"{out} exists: give another name, or --force to write over a file.")
+        from finetooth.delta import Delta
+
+        delta = Delta.extract(tuned, base, method=method, keep_base=False)
+        if not delta.changes:
+            raise ValueError(f"{tuned} and {base} are equal bit for bit: there is nothing to extract.")
+        delta.save(out)
+        _show({"file": str(out), **delta.info()}, as_json, out.name)
+
+
+@app.command()
+def apply(
+    base: Annotated[str, typer.Argument(help="The checkpoint that DELTA was made for: a folder or a hub id.")],
+    delta: DeltaFile,
+    out: Out,
+    inverse: Annotated[Path | None, typer.Option(help="Write the inverse delta here; applying it gives BASE.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint folder that is BASE with DELTA applied."""
+    with _clean_errors():
+        if inverse is not None and inverse.exists():
+            raise FileExistsError(f"{inverse} exists: give another name for the inverse delta.")
+        from finetooth.delta import apply_folder
+
+        change = _load(delta)
+        back = apply_folder(base, out, change)
+        if inverse is not None:
+            back.save(inverse)
+        _show({"folder": str(out), "state": "applied", **_counts(change)}, as_json, "applied")
+
+
+@app.command()
+def revert(
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint folder.")],
+    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="The delta (with --base), or its inverse.")],
+    out: Out,
+    base: Annotated[str | None, typer.Option(help="Where the pretrained values are read from.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a checkpoint folder that is TUNED with DELTA taken off: the base, bit for bit.
+
+    A delta file holds the new values, not the old ones. So either give the inverse that `apply --inverse` wrote,
+    or say with --base where the old values of the changed weights can be read; everything else is taken from
+    TUNED. The fingerprints of all changed tensors are checked against those of the base.
+    """
+    with _clean_errors():
+        from finetooth.delta import apply_folder
+
+        change = _load(delta)
+        if base is not None:
+            change = change if change.base.tuned else change.inverse(base)
+        elif not change.base.tuned:
+            raise ValueError(
+                f"{delta} holds new values only, so it cannot be taken off by itself: give --base (it was made for "
+                f"{change.base}), or the inverse delta that `finetooth delta apply --inverse` writes."
+            )
+        apply_folder(tuned, out, change)
+        _show({"folder": str(out), "state": "base", **_counts(change)}, as_json, "reverted")
+
+
+@app.command()
+def verify(
+    folder: Annotated[str, typer.Argument(help="A checkpoint: a folder, a safetensors file or a hub id.")],
+    delta: DeltaFile,
+    expect: Annotated[str | None, typer.Option(help="Which of the two it must be: base or applied.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say whether the changed tensors of FOLDER are the base's or the tuned ones, bit for bit.
+
+    Exit code 1 if they are neither, or not what --expect says.
+    """
+    with _clean_errors():
+        if expect not in (None, "base", "applied"):
+            raise ValueError(f"--expect {expect} is unknown: choose base or applied.")
+        from finetooth.base import open_base
+        from finetooth.delta import WrongBase
+
+        change, held, reason = _load(delta), open_base(folder), None
+        try:
+            state: str = change.verify(held)
+        except WrongBase as e:
+            state, reason = "neither", str(e)
+        failed = state == "neither" or (expect is not None and state != expect)
+        _show({"state": state, "ok": not failed, "reason": reason, **_counts(change)}, as_json, "verify")
+    if failed:
+        raise typer.Exit(1)
+
+
+def _load(path: Path) -> Delta:
+    from finetooth.delta import Delta
+
+    return Delta.load(path)
+
+
+def _counts(delta: Delta) -> dict[str, Any]:
+    changed = sum(c.changed for c in delta.changes.values())
+    return {"tensors": len(delta.changes), "changed": changed, "base": delta.base.id, "revision": delta.base.revision}
+
+
+@contextmanager
+def _clean_errors() -> Iterator[None]:
+    """Bad input is one line on stderr and exit code 2; a traceback is for our own mistakes."""
+    try:
+        yield
+    except (ValueError, OSError) as e:  # DeltaError is a ValueError, FileNotFoundError an OSError
+        typer.echo(f"error: {e}", err=True)
+        raise typer.Exit(2) from e
+
+
+def _show(facts: dict[str, Any], as_json: bool, title: str) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in facts.items():
+        if value is not None:
+            table.add_row(key.replace("_", " "), _text(key, value))
+    Console().print(table)
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "share":
+        return f"{value:.4%}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {v}" for k, v in value.items()) or "none"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if isinstance(value, float) else str(value)

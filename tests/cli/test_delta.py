@@ -1,0 +1,184 @@
+"""`finetooth delta` on checkpoints that transformers saved: exit codes, JSON, and the weights it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from format.deltas import same
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from typer.testing import CliRunner, Result
+
+from finetooth.base import open_base
+from finetooth.cli.delta import app
+from finetooth.delta import Delta, DeltaError, apply_folder
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+            tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def train(model: Any) -> None:
+    for i, p in enumerate(model.parameters()):
+        if i % 3 == 0:
+            p.view(-1)[i % p.numel()] += 1
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    held = open_base(folder)
+    return {name: held.tensor(name) for name in sorted(held.names())}
+
+
+def run(*args: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+def ok(*args: object) -> dict[str, Any]:
+    result = run(*args, "--json")
+    assert result.exit_code == 0, result.output
+    facts: dict[str, Any] = json.loads(result.stdout)
+    return facts
+
+
+@pytest.fixture(params=["tied", "untied", "bf16"])
+def folders(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path]:
+    """A base in shards and a tuned one in a single file (and the other way round for bf16)."""
+    model = llama(request.param == "tied").to(torch.bfloat16 if request.param == "bf16" else torch.float32)
+    sizes = ("8KB", "1GB") if request.param != "bf16" else ("1GB", "8KB")
+    model.save_pretrained(tmp_path / "base", max_shard_size=sizes[0])
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    (tmp_path / "base" / "training_args.bin").write_text("pickle")
+    train(model)
+    model.save_pretrained(tmp_path / "tuned", max_shard_size=sizes[1])
+    return tmp_path / "base", tmp_path / "tuned"
+
+
+def test_extract_apply_verify_revert(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    facts = ok("extract", base, tuned, "-o", tmp_path / "d")
+    assert 0 < facts["changed"] == ok("info", tmp_path / "d")["changed"] < 20
+    assert facts["base"] == "base"
+    ok("apply", base, tmp_path / "d", "-o", tmp_path / "applied", "--inverse", tmp_path / "i")
+    assert same(weights(tmp_path / "applied"), weights(tuned))
+    assert ok("verify", tmp_path / "applied", tmp_path / "d")["state"] == "applied"
+    assert ok("verify", base, tmp_path / "d", "--expect", "base")["state"] == "base"
+    ok("revert", tuned, tmp_path / "d", "--base", base, "-o", tmp_path / "r1")
+    ok("revert", tuned, tmp_path / "i", "-o", tmp_path / "r2")
+    ok("apply", tmp_path / "applied", tmp_path / "i", "-o", tmp_path / "r3")
+    for name in ("r1", "r2", "r3"):
+        assert same(weights(tmp_path / name), weights(base))
+    for file in base.glob("*.safetensors*"):  # the same shards, byte for byte, headers included
+        assert (tmp_path / "r3" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_the_folder_is_a_model(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    model = LlamaForCausalLM.from_pretrained(tuned)
+    delta = Delta.extract(model, base)
+    apply_folder(base, tmp_path / "out", delta)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {"config.json", "tokenizer.json"} <= names
+    assert "training_args.bin" not in names
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    pretrained = LlamaForCausalLM.from_pretrained(base)
+    delta.apply(pretrained)
+    assert same(dict(pretrained.state_dict()), dict(model.state_dict()))
+    assert list(tmp_path.glob(".*")) == []  # no temporary folder stays
+
+
+def test_bad_input_is_one_line_and_exit_code_2(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    ok("extract", base, tuned, "-o", tmp_path / "d")
+    (tmp_path / "cut").write_bytes((tmp_path / "d").read_bytes()[:-1])
+    llama(False).save_pretrained(tmp_path / "other")
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("info", tmp_path / "none"), "no delta file"),
+        (("info", tmp_path / "cut"), "not a whole"),
+        (("extract", base, tmp_path / "none", "-o", tmp_path / "x"), "no file or folder"),
+        (("extract", base, base, "-o", tmp_path / "x"), "nothing to extract"),
+        (("extract", base, tuned, "-o", tmp_path / "d"), "exists"),
+        (("apply", tuned, tmp_path / "d", "-o", tmp_path / "x"), "already applied"),
+        (("apply", tmp_path / "other", tmp_path / "d", "-o", tmp_path / "x"), "is not that of|in the delta"),
+        (("apply", base, tmp_path / "d", "-o", tuned), "exists"),
+        (("apply", base, tmp_path / "d", "-o", base / "x"), "lies inside"),
+        (("revert", tuned, tmp_path / "d", "-o", tmp_path / "x"), "--base"),
+        (("verify", base, tmp_path / "d", "--expect", "maybe"), "maybe"),
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    for args, says in cases:
+        result = run(*args)
+        assert result.exit_code == 2, (args, result.output)
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+        assert any(part in result.stderr for part in says.split("|")), result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_verify_fails_with_exit_code_1(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    ok("extract", base, tuned, "-o", tmp_path / "d")
+    model = LlamaForCausalLM.from_pretrained(tuned)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[5] += 1
+    model.save_pretrained(tmp_path / "moved")
+    result = run("verify", tmp_path / "moved", tmp_path / "d", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["state"] == "neither"
+    assert run("verify", base, tmp_path / "d", "--expect", "applied").exit_code == 1
+
+
+def test_tables_for_people(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    result = run("extract", *folders, "-o", tmp_path / "d")
+    assert "changed" in result.stdout
+    assert "share" in run("info", tmp_path / "d").stdout
+
+
+def test_gpt2_in_memory_and_on_disk(tmp_path: Path) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=2, n_head=2))
+    model.save_pretrained(tmp_path / "base")
+    train(model)
+    delta = Delta.extract(model, tmp_path / "base")
+    assert dict(delta.tied) == {"lm_head.weight": "transformer.wte.weight"}
+    with delta.reverted(model):
+        assert delta.verify(model) == "base"
+    apply_folder(tmp_path / "base", tmp_path / "out", delta)
+    assert delta.verify(tmp_path / "out") == "applied"
+
+
+def test_experts_have_other_names_in_memory(tmp_path: Path) -> None:
+    config = MixtralConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=3,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "base")
+    assert set(open_base(tmp_path / "base").names()) != set(state)  # else this test shows nothing
+    train(model)
+    with pytest.raises(DeltaError, match="mixture-of-experts.*state dict"):
+        Delta.extract(model, tmp_path / "base")
+    assert Delta.extract(model, state).verify(state) == "base"
+    model.save_pretrained(tmp_path / "tuned")  # two checkpoints have the same names again
+    delta = Delta.extract(tmp_path / "tuned", tmp_path / "base")
+    assert delta.verify(tmp_path / "tuned") == "applied"
+
+
+def test_help_does_not_load_torch() -> None:
+    code = (
+        "import sys; from typer.testing import CliRunner; from finetooth.cli.delta import app; "
+        "r = CliRunner().invoke(app, ['extract', '--help']); "
+        "sys.exit(r.exit_code or 10 * ('torch' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

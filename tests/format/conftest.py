@@ -1,0 +1,18 @@
+"""A delta file to look at and to attack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from format.deltas import Weights, make
+
+from finetooth.delta import Delta
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, Weights, Weights]:
+    base, tuned = make()
+    path = tmp_path / "delta.safetensors"
+    Delta.extract(tuned, base, recipe={"lr": 0.1}, method="gmt").save(path)
+    return path, base, tuned
