@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from format.deltas import same
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from typer.testing import CliRunner, Result
 
 from finetooth.base import open_base
 from finetooth.cli.delta import app
 from finetooth.delta import Delta, DeltaError, apply_folder
+
+from ..format.deltas import same
 
 
 def llama(tied: bool) -> LlamaForCausalLM:
@@ -167,7 +168,7 @@ def test_experts_have_other_names_in_memory(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     assert set(open_base(tmp_path / "base").names()) != set(state)  # else this test shows nothing
     train(model)
-    with pytest.raises(DeltaError, match="mixture-of-experts.*state dict"):
+    with pytest.raises(DeltaError, match=r"mixture-of-experts.*state dict"):
         Delta.extract(model, tmp_path / "base")
     assert Delta.extract(model, state).verify(state) == "base"
     model.save_pretrained(tmp_path / "tuned")  # two checkpoints have the same names again

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from format.deltas import Weights, make
 
 from finetooth.delta import Delta
+
+from .deltas import Weights, make
 
 
 @pytest.fixture

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from format.deltas import Edit, Weights, copy, rewrite, same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from finetooth import delta as delta_module
 from finetooth.delta import Delta, DeltaError, WrongBase
+
+from .deltas import Edit, Weights, copy, rewrite, same
 
 Saved = tuple[Path, Weights, Weights]
 

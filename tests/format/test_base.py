@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from format.deltas import copy, make, same
 from safetensors.torch import save_file
 
 from finetooth.base import Replaced, open_base
 from finetooth.units import Unit
+
+from .deltas import copy, make, same
 
 
 def test_every_source_gives_the_same_tensors(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import struct
 from pathlib import Path
 
 import torch
-from format.deltas import same
-from format.golden.make import base, delta, tuned
 
 from finetooth.base import fingerprint
 from finetooth.delta import Delta
+
+from .deltas import same
+from .golden.make import base, delta, tuned
 
 GOLDEN = Path(__file__).parent / "golden" / "golden.safetensors"
 SHA256 = "aff42d841239e016d8e02c102637141c98cba5220fcffae172a3610562d3601e"

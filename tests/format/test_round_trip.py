@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from format.deltas import copy, make, same
 from torch import Tensor, nn
 
 from finetooth import codec
@@ -15,6 +14,8 @@ from finetooth.delta import Delta, DeltaError, WrongBase
 from finetooth.diff import gather
 from finetooth.selection import Selection
 from finetooth.units import Unit
+
+from .deltas import copy, make, same
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
