@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from finetooth.anatomy import Targets, matching, survey
+from finetooth.base import open_base
 from finetooth.methods import METHODS, Method
 from finetooth.optim import SelectiveAdamW
 from finetooth.probe import calibrate
-
 from finetooth.rule import POOLS, Rule
 from finetooth.units import Unit
 from finetooth.weight import Score
@@ -48,7 +49,9 @@ def build(
         max_grad_norm: clipping happens inside the step; switch the trainer's own off (`max_grad_norm=0`).
         gradients: "dense" reads `p.grad`; "auto" does the same today.
         calibration: batches of `input_ids` [batch, tokens] (and attention_mask, labels) for rows that measure first.
-        base: folder, hub id or state dict of the pretrained values; dense rows need it to extract a delta.
+        base: folder, hub id or state dict of the pretrained values. Rows that train whole tensors read it when a delta
+            is extracted, and check that it is what the model was at the start. Default: for those rows, the folder
+            that transformers loaded the model from.
         overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
             (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after.
 
@@ -68,15 +71,43 @@ def build(
     stats = None
     if row.calibration and (calibration is not None or row.calibration != ("grad",)):
         if calibration is None:
-            raise ValueError(f"{row.name!r} measures before it chooses: give calibration=batches, dicts with input_ids [batch, tokens].")
+            raise ValueError(
+                f"{row.name!r} measures before it chooses: give calibration=batches, dicts with input_ids [batch, tokens]."
+            )
         parts = survey(model)
         wanted = matching(rule.targets if rule else "all", parts)
         stats = calibrate(model, calibration, {name: parts[name] for name in wanted}, row.calibration)
+    if base is None and (rule is None or row.state == "dense"):
+        base = loaded_from(model)
     return SelectiveAdamW(
-        model.named_parameters(), rule, row.when, row.rest, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm,
-        seed=seed, state=row.state, mask=row.mask, rounding=rounding, model=model, stats=stats, base=base,
+        model.named_parameters(),
+        rule,
+        row.when,
+        row.rest,
+        lr=lr,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        seed=seed,
+        state=row.state,
+        mask=row.mask,
+        rounding=rounding,
+        model=model,
+        stats=stats,
+        base=base,
         **{name: overrides[name] for name in _OPTIMIZER if name in overrides},
     )
+
+
+def loaded_from(model: nn.Module) -> str | None:
+    """The folder that transformers loaded a model from, if all its parameters can be read there by name."""
+    source = getattr(getattr(model, "config", None), "_name_or_path", "") or None
+    if source is None or not Path(source).is_dir():  # a hub id is not looked up behind the user's back
+        return None
+    try:
+        known = set(open_base(source).names())
+    except (ValueError, OSError):
+        return None
+    return source if all(name in known for name, _ in model.named_parameters()) else None
 
 
 def _row(method: str | Score | Method) -> Method:
@@ -113,13 +144,17 @@ def _configured(
     if row.rule is None:
         for name, given in (("keep", keep), *((k, overrides.get(k)) for k in _RULE)):
             if given not in (None, 1.0):
-                raise ValueError(f"{name}={given!r} has no meaning for {row.name!r}, which trains every weight that takes part.")
+                raise ValueError(
+                    f"{name}={given!r} has no meaning for {row.name!r}, which trains every weight that takes part."
+                )
         rule = None if targets is None else Rule(_everything, Unit("matrix"), keep=1.0, targets=targets)
         return row, rule
     rule = row.rule
     if row.pools is not None:
         rule = replace(rule, pool=row.pools(survey(model)))
-    fields = {k: v for k, v in changes.items() if k in _RULE} | {k: v for k, v in (("keep", keep), ("targets", targets)) if v is not None}
+    fields = {k: v for k, v in changes.items() if k in _RULE} | {
+        k: v for k, v in (("keep", keep), ("targets", targets)) if v is not None
+    }
     fields |= {"unit": _unit(fields["unit"])} if "unit" in fields else {}
     fields |= {"pool": _pool(fields["pool"])} if "pool" in fields else {}
     return row, replace(rule, **fields)
@@ -141,8 +176,7 @@ def _pool(given: str | Callable[[str], str]) -> Callable[[str], str]:
     if callable(given):
         return given
     if given not in POOLS:
-        raise ValueError(f"pool={given!r} is unknown: choose one of {', '.join(POOLS)}, or give a function of the name.")
+        raise ValueError(
+            f"pool={given!r} is unknown: choose one of {', '.join(POOLS)}, or give a function of the name."
+        )
     return POOLS[given]
-
-
-

@@ -181,9 +181,14 @@ def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Parts:
     """Check metadata (after `check_format`) and tensors against each other and build what they say."""
     entries = _table(metadata, "tensors")
     expected = {f"{kind}:{name}" for name in entries for kind in ("index", "values")}
-    for what, keys in (("lacks", expected - set(tensors)), ("has, beyond what its metadata lists,", set(tensors) - expected)):
+    for what, keys in (
+        ("lacks", expected - set(tensors)),
+        ("has, beyond what its metadata lists,", set(tensors) - expected),
+    ):
         if keys:
-            raise DeltaError(f"the file {what} {min(keys)!r}" + (f" and {len(keys) - 1} more." if len(keys) > 1 else "."))
+            raise DeltaError(
+                f"the file {what} {min(keys)!r}" + (f" and {len(keys) - 1} more." if len(keys) > 1 else ".")
+            )
     changes = {n: _change(n, e, tensors[f"index:{n}"], tensors[f"values:{n}"]) for n, e in entries.items()}
     method = _json(metadata, "method")
     if method is not None and not isinstance(method, str):
@@ -212,7 +217,9 @@ def _change(name: str, entry: Any, index: Tensor, values: Tensor) -> Change:
     changed = _number(name, entry, "changed", 1, count * width)
     prints = [entry.get(key) for key in ("fingerprint", "result")]
     if not all(isinstance(p, str) and _FINGERPRINT.fullmatch(p) for p in prints) or prints[0] == prints[1]:
-        raise DeltaError(f"'{name}' has the fingerprints {prints}: expected two different ones, sha256:<64 hex digits>.")
+        raise DeltaError(
+            f"'{name}' has the fingerprints {prints}: expected two different ones, sha256:<64 hex digits>."
+        )
     return Change(Selection(index, unit, shape), values, changed, str(prints[0]), str(prints[1]))
 
 

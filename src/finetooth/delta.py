@@ -65,7 +65,9 @@ class Delta:
     _before: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @staticmethod
-    def extract(model: Any, base: Any, recipe: Any = None, method: str | None = None, *, keep_base: bool = True) -> Delta:
+    def extract(
+        model: Any, base: Any, recipe: Any = None, method: str | None = None, *, keep_base: bool = True
+    ) -> Delta:
         """What training did: the entries of `model` whose bits differ from those of `base`.
 
         `model` and `base` are each anything that `open_base` opens: a module, a state dict, a folder or file of
@@ -156,7 +158,9 @@ class Delta:
                 for place in places:
                     first.setdefault(self._state(name, place, fingerprint(held.tensor(place))), place)
         if len(first) == 2:
-            raise WrongBase(f"partly applied: '{first['base']}' is still the base's, '{first['applied']}' the tuned one.")
+            raise WrongBase(
+                f"partly applied: '{first['base']}' is still the base's, '{first['applied']}' the tuned one."
+            )
         return "base" if "base" in first else "applied"
 
     def info(self) -> dict[str, Any]:
@@ -209,7 +213,9 @@ class Delta:
                 self._same_kind(name, n, held)
                 storage = held.tied.get(n, n)
                 if owners.setdefault(storage, name) != name:
-                    raise DeltaError(f"the target ties '{owners[storage]}' and '{name}', which the delta changes apart.")
+                    raise DeltaError(
+                        f"the target ties '{owners[storage]}' and '{name}', which the delta changes apart."
+                    )
         return {name: [n for n in found if held.tied.get(n) not in found] for name, found in places.items()}
 
     def _same_kind(self, name: str, place: str, held: Base) -> None:
@@ -313,7 +319,9 @@ def _compare(tuned: Base, old: Base, model: Any, keep_base: bool) -> Delta:
             changes[name] = step[0]
             if keep_base:
                 before[name] = step[1]
-    known: Base | None = old if old.id else tuned if isinstance(tuned, Held) else None  # a model in memory knows its base
+    known: Base | None = (
+        old if old.id else tuned if isinstance(tuned, Held) else None
+    )  # a model in memory knows its base
     origin = Origin(known.id, known.revision, weights) if known else Origin(weights=weights)
     return Delta(changes, tied, origin, library=_library(), _before=before)
 

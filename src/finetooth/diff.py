@@ -131,7 +131,9 @@ def _twin(side: Base, name: str, shared: list[str]) -> str | None:
     if t.numel() == 0 or bool((bits(t) == bits(t).reshape(-1)[0]).all()):
         return None
     here = set(side.names())
-    return next((n for n in shared if n in here and side.shape_dtype(n) == kind and _same_bits(t, side.tensor(n))), None)
+    return next(
+        (n for n in shared if n in here and side.shape_dtype(n) == kind and _same_bits(t, side.tensor(n))), None
+    )
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

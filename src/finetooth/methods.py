@@ -51,12 +51,24 @@ class Method:
         if rule is None:
             return {"keep": 1.0, "targets": "all", "state": self.state}
         keep = rule.keep if isinstance(rule.keep, int | float) else getattr(rule.keep, "__name__", "per pool")
-        words = {"keep": keep, "unit": str(rule.unit), "targets": rule.targets, "rest": self.rest.kind, "state": self.state}
+        words = {
+            "keep": keep,
+            "unit": str(rule.unit),
+            "targets": rule.targets,
+            "rest": self.rest.kind,
+            "state": self.state,
+        }
         return words | {"when": "once" if self.when is once else "every step"} | dict(self.options)
 
 
-def _gift_sw(bits: int = 4, gamma: float = 1.0, tau: float = scores.INFINITY, rho: float = scores.INFINITY) -> dict[str, Any]:
-    return {"score": scores.saliency(bits, gamma, tau, rho), "rest": noise(bits), "calibration": (scores.input_norm(rho),)}
+def _gift_sw(
+    bits: int = 4, gamma: float = 1.0, tau: float = scores.INFINITY, rho: float = scores.INFINITY
+) -> dict[str, Any]:
+    return {
+        "score": scores.saliency(bits, gamma, tau, rho),
+        "rest": noise(bits),
+        "calibration": (scores.input_norm(rho),),
+    }
 
 
 def _dst(relative: bool = False, zero_moments: bool = False) -> dict[str, Any]:
@@ -80,12 +92,23 @@ _GRADS = (
 
 _ROWS = (
     Method(
-        "full", "Every weight trains: the yardstick.", "AdamW, arXiv 1711.05101", None, state="dense",
-        deviations=("bf16 weights have float32 moments and are rounded stochastically; torch.optim.AdamW keeps bf16 moments.",),
+        "full",
+        "Every weight trains: the yardstick.",
+        "AdamW, arXiv 1711.05101",
+        None,
+        state="dense",
+        deviations=(
+            "bf16 weights have float32 moments and are rounded stochastically; torch.optim.AdamW keeps bf16 moments.",
+        ),
     ),
     Method(
-        "gmt", "Zero the small gradients, then AdamW.", "Gradient-Mask Tuning, arXiv 2406.15330",
-        _GMT, when=every(1), state="dense", mask="gradient",
+        "gmt",
+        "Zero the small gradients, then AdamW.",
+        "Gradient-Mask Tuning, arXiv 2406.15330",
+        _GMT,
+        when=every(1),
+        state="dense",
+        mask="gradient",
         deviations=(
             *_GMT_POINTS,
             "This row masks the gradient and then runs AdamW, as everyone does: an entry that is not chosen still moves "
@@ -94,8 +117,13 @@ _ROWS = (
         ),
     ),
     Method(
-        "gmt-strict", "GMT, and what is not chosen at a step does not move at that step.",
-        "Gradient-Mask Tuning, arXiv 2406.15330", _GMT, when=every(1), state="dense", mask="update",
+        "gmt-strict",
+        "GMT, and what is not chosen at a step does not move at that step.",
+        "Gradient-Mask Tuning, arXiv 2406.15330",
+        _GMT,
+        when=every(1),
+        state="dense",
+        mask="update",
         deviations=(
             *_GMT_POINTS,
             "This row masks the update: moments see the whole gradient, and only chosen entries are written (decay included).",
@@ -103,11 +131,16 @@ _ROWS = (
         ),
     ),
     Method(
-        "dst", "After every step, only the entries that moved furthest keep their step; the others are the base.",
+        "dst",
+        "After every step, only the entries that moved furthest keep their step; the others are the base.",
         "Dynamic Subset Tuning, arXiv 2411.08610",
         Rule(scores.distance(), keep=0.1, pool=stem, targets="blocks"),
-        when=every(1), rest=reset(), state="dense", mask="update",
-        options={"relative": False, "zero_moments": False}, configure=_dst,
+        when=every(1),
+        rest=reset(),
+        state="dense",
+        mask="update",
+        options={"relative": False, "zero_moments": False},
+        configure=_dst,
         deviations=(
             "A silo is one module in one layer, its bias included. The budget is round(keep * |S|), exactly.",
             "Distances are float32 differences of the proposed weight and the base. Where Adam's first step makes them tie, "
@@ -120,11 +153,14 @@ _ROWS = (
         ),
     ),
     Method(
-        "gift-sw", "Salient input columns train; the others are seen with quantization-sized noise.",
+        "gift-sw",
+        "Salient input columns train; the others are seen with quantization-sized noise.",
         "GIFT-SW, arXiv 2408.15300",
         Rule(scores.saliency(), Unit("column"), keep=128, targets="dense-linear"),
-        rest=noise(4), calibration=(scores.input_norm(scores.INFINITY),),
-        options={"bits": 4, "gamma": 1.0, "tau": scores.INFINITY, "rho": scores.INFINITY}, configure=_gift_sw,
+        rest=noise(4),
+        calibration=(scores.input_norm(scores.INFINITY),),
+        options={"bits": 4, "gamma": 1.0, "tau": scores.INFINITY, "rho": scores.INFINITY},
+        configure=_gift_sw,
         deviations=(
             "128 columns of every linear of the blocks, or all of them where a matrix has fewer: give keep for small models.",
             "The saliency's Q is fitted on all columns, since what is salient is not known yet; the noise's step leaves the "
@@ -135,8 +171,11 @@ _ROWS = (
         ),
     ),
     Method(
-        "hft", "A random half of the matrices trains, balanced by category and layer.", "Half Fine-Tuning, arXiv 2404.18466",
-        Rule(scores.random, Unit("matrix"), keep=halves, targets="all"), pools=sub_blocks,
+        "hft",
+        "A random half of the matrices trains, balanced by category and layer.",
+        "Half Fine-Tuning, arXiv 2404.18466",
+        Rule(scores.random, Unit("matrix"), keep=halves, targets="all"),
+        pools=sub_blocks,
         deviations=(
             "A module's bias goes with its matrix. Where a category has an odd number of modules (3 FFN matrices), a random half "
             "of the layers trains the larger part and the others the smaller.",
@@ -144,13 +183,36 @@ _ROWS = (
             "A round is one run: another seed, another half. Frozen modules have requires_grad=False.",
         ),
     ),
-    Method("random", "A random share of the weights: the control.", "the control of SHiRA-Rand, arXiv 2406.13175", Rule(scores.random),
-           deviations=(*_STATIC, "Chosen by a hash of (seed, name, unit), the same on every device.")),
-    Method("grad", "The weights with the largest gradient on calibration batches.", "SHiRA-Grad, arXiv 2406.13175; SIFT, arXiv 2312.11875",
-           Rule(scores.gradient), calibration=("grad",), deviations=(*_STATIC, *_GRADS)),
-    Method("snip", "The weights with the largest |gradient * weight| on calibration batches.", "SHiRA-SNIP, arXiv 2406.13175; SNIP, arXiv 1810.02340",
-           Rule(scores.snip), calibration=("grad",), deviations=(*_STATIC, *_GRADS)),
-    Method("magnitude", "The largest weights.", "SHiRA-WM, arXiv 2406.13175; arXiv 2412.13488", Rule(scores.magnitude), deviations=_STATIC),
+    Method(
+        "random",
+        "A random share of the weights: the control.",
+        "the control of SHiRA-Rand, arXiv 2406.13175",
+        Rule(scores.random),
+        deviations=(*_STATIC, "Chosen by a hash of (seed, name, unit), the same on every device."),
+    ),
+    Method(
+        "grad",
+        "The weights with the largest gradient on calibration batches.",
+        "SHiRA-Grad, arXiv 2406.13175; SIFT, arXiv 2312.11875",
+        Rule(scores.gradient),
+        calibration=("grad",),
+        deviations=(*_STATIC, *_GRADS),
+    ),
+    Method(
+        "snip",
+        "The weights with the largest |gradient * weight| on calibration batches.",
+        "SHiRA-SNIP, arXiv 2406.13175; SNIP, arXiv 1810.02340",
+        Rule(scores.snip),
+        calibration=("grad",),
+        deviations=(*_STATIC, *_GRADS),
+    ),
+    Method(
+        "magnitude",
+        "The largest weights.",
+        "SHiRA-WM, arXiv 2406.13175; arXiv 2412.13488",
+        Rule(scores.magnitude),
+        deviations=_STATIC,
+    ),
 )
 
 METHODS: Mapping[str, Method] = MappingProxyType({row.name: row for row in _ROWS})

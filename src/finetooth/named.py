@@ -37,6 +37,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._base, self._others = base, others
         self._slots = {name: Slot(name) for name, _ in named}
         self._prints: dict[str, str] = {}
+        self._origins: dict[str, str] = {}
         self._rewrote_base = False
         super().__init__(named, defaults)
 
@@ -52,7 +53,9 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of all tensors kept between steps: indices, moments, masters, ages, replaced values."""
-        held = {t.data_ptr(): t.untyped_storage().nbytes() for s in self._slots.values() for t in s.tensors() if t.numel()}
+        held = {
+            t.data_ptr(): t.untyped_storage().nbytes() for s in self._slots.values() for t in s.tensors() if t.numel()
+        }
         return sum(held.values())
 
     @torch.no_grad()
@@ -64,16 +67,26 @@ class NamedOptimizer(torch.optim.Optimizer):
             found = fingerprint(slot.original(p) if slot else p)
             if found != expected:
                 inside = "" if slot is None or not slot.chosen else " outside its selection"
-                raise FrozenMoved(f"{name!r} has moved{inside}: fingerprint {found[:19]}, before training {expected[:19]}.")
+                raise FrozenMoved(
+                    f"{name!r} has moved{inside}: fingerprint {found[:19]}, before training {expected[:19]}."
+                )
 
     @torch.no_grad()
     def base_tensor(self, name: str) -> Tensor | None:
-        """The pretrained value of a parameter, or None where neither this optimizer nor `base` has it."""
+        """The pretrained value of a parameter, or None where neither this optimizer nor `base` has it.
+
+        Raises ValueError if `base` holds other values than the model had when the optimizer was built.
+        """
         slot, p = self._slots.get(name), self._parameter(name)
         known = slot is None or slot.replaced is not None or name in self._prints
         if known and not (self._rewrote_base and slot is not None):
             return p.detach() if slot is None else slot.original(p.detach())
-        return open_base(self._base).tensor(name) if self._base is not None else None
+        if self._base is None:
+            return None
+        found = open_base(self._base).tensor(name).to(p.dtype)
+        if name in self._origins and fingerprint(found) != self._origins[name]:
+            raise ValueError(f"base={self._base!r} is not what the model was when training began: {name!r} differs.")
+        return found
 
     # -- books ----------------------------------------------------------------------------------------
 
@@ -98,6 +111,8 @@ class NamedOptimizer(torch.optim.Optimizer):
             slot = self._slots[name]
             if self._remembers(slot) or (slot.selection is not None and not len(slot.selection)):
                 self._prints[name] = fingerprint(slot.original(p))
+            elif self._base is not None:
+                self._origins[name] = fingerprint(p)
 
     def _extra_state(self) -> dict[str, Any]:
         return {}
@@ -114,22 +129,27 @@ class NamedOptimizer(torch.optim.Optimizer):
             "steps": self.steps,
             "skipped": self.skipped,
             "seed": self.seed,
+            "origins": dict(self._origins),
+            "prints": dict(self._prints),
             "slots": {name: slot.state() for name, slot in self._slots.items()},
             "extra": self._extra_state(),
         }
         return out
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` gave; ValueError if it is of other parameters."""
         selective = state_dict.get("selective")
         if selective is None:
             raise ValueError("this state has no 'selective' part: it was not saved by a Finetooth optimizer.")
         if odd := sorted(set(selective["slots"]) ^ set(self._slots)):
-            raise ValueError(f"the state is of other parameters: {odd[0]!r} is on one side only ({len(odd)} such names).")
+            raise ValueError(
+                f"the state is of other parameters: {odd[0]!r} is on one side only ({len(odd)} such names)."
+            )
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         parameters = self._parameters()
         self.steps, self.skipped, self.seed = selective["steps"], selective["skipped"], selective["seed"]
         self._slots = {n: Slot.restore(n, s, parameters[n].device) for n, s in selective["slots"].items()}
+        self._origins, self._prints = dict(selective["origins"]), dict(selective["prints"])
         self._load_extra_state(selective["extra"])
 
 
@@ -159,4 +179,6 @@ def check_parameter(name: str, p: Tensor) -> None:
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name!r} is {p.dtype}: weights that train are float32, bfloat16 or float16.")
     if not p.is_contiguous():
-        raise ValueError(f"{name!r} is not contiguous: its entries are selected in storage order. Call .contiguous() on it.")
+        raise ValueError(
+            f"{name!r} is not contiguous: its entries are selected in storage order. Call .contiguous() on it."
+        )

@@ -26,14 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from finetooth.anatomy import Part, guess, matching, survey
-from finetooth.base import Replaced
 from finetooth.kernels import reference
 from finetooth.named import NamedOptimizer, check_choice, check_parameter, check_rates
 from finetooth.rest import Noise, Rest, frozen, quantize_
 from finetooth.rule import Rule
 from finetooth.selection import Selection, select, select_pools
 from finetooth.slot import Slot
-from finetooth.units import WHOLE, Unit
+from finetooth.units import WHOLE
 from finetooth.weight import Unavailable, Weight
 from finetooth.when import When, once
 
@@ -145,22 +144,9 @@ class SelectiveAdamW(NamedOptimizer):
         if not any(s.numel for s in found.values()):
             raise ValueError(f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.")
         for name, selection in found.items():
-            self._follow(self._slots[name], selection, live[name])
+            slot = self._slots[name]
+            slot.follow(selection, live[name], self.rest.kind == "reset", self._remembers(slot))
         self._settle()
-
-    def _follow(self, slot: Slot, selection: Selection, p: Tensor) -> None:
-        if self.rest.kind == "reset" and slot.replaced is not None:
-            old = slot.original(p)
-            slot.migrate(selection, p)
-            kept = selection.gather(p)
-            p.copy_(old)
-            slot.replaced = Replaced(selection.unit, selection.shape, selection.index, selection.gather(old))
-            selection.scatter_(p, kept)
-            return
-        slot.migrate(selection, p)
-        if self._remembers(slot):
-            slot.replaced = slot.replaced or Replaced.empty(selection.unit, p)
-            slot.replaced.remember(selection.index, p)
 
     def _settle(self) -> None:
         """After a final selection: tensors without a chosen unit compute no gradient; noise goes in."""
@@ -190,7 +176,13 @@ class SelectiveAdamW(NamedOptimizer):
         live = {n: p for n, p in self._parameters().items() if p.grad is not None}
         if not live or not self._finite(live):
             return loss
-        update = self._step_compact if self._compact else self._step_update if self._selects_update() else self._step_gradient
+        update = (
+            self._step_compact
+            if self._compact
+            else self._step_update
+            if self._selects_update()
+            else self._step_gradient
+        )
         update(live, {n: p.grad for n, p in live.items() if p.grad is not None})
         self.steps += 1
         return loss
@@ -229,7 +221,9 @@ class SelectiveAdamW(NamedOptimizer):
             found = select(self.rule, [self._weight(n, p, grads[n]) for n, p in live.items()])
             for name, selection in found.items():
                 self._slots[name].selection = selection
-                grads[name].masked_fill_(~selection.mask(), 0.0)
+        for name, g in grads.items():  # between two selections the last one holds; before the first, none does
+            if self.rule is not None and (held := self._slots[name].selection) is not None:
+                g.masked_fill_(~held.mask(), 0.0)
         scale, rates = self._clip(grads), self._rates()
         for name, p in live.items():
             x = p.detach() if p.dtype == torch.float32 else p.detach().float()
@@ -262,24 +256,8 @@ class SelectiveAdamW(NamedOptimizer):
 
     def _write(self, name: str, p: Tensor, proposed: Tensor, selection: Selection | None) -> None:
         """Write the chosen entries of a proposal, and what `rest` says into the others."""
-        slot = self._slots[name]
         new = proposed if p.dtype == torch.float32 else self._rounded(name, proposed, p.dtype)
-        if selection is None:  # a dense warm-up: under reset every entry is replaced
-            if self.rest.kind == "reset" and slot.replaced is None:
-                slot.replaced = Replaced.empty(Unit(), p)
-                slot.replaced.remember(Selection.whole(tuple(p.shape), p.device, Unit()).index, p)
-            p.copy_(new)
-            return
-        if self.rest.kind == "reset":
-            base = slot.original(p)
-            slot.replaced = Replaced(selection.unit, selection.shape, selection.index, selection.gather(base))
-            p.copy_(base)
-            if self.rest.zero_moments and slot.exp_avg is not None and slot.exp_avg_sq is not None:
-                outside = ~selection.mask()
-                slot.exp_avg.masked_fill_(outside, 0.0)
-                slot.exp_avg_sq.masked_fill_(outside, 0.0)
-        selection.scatter_(p, selection.gather(new))
-        slot.selection = selection
+        self._slots[name].write(p, new, selection, self.rest.kind == "reset", self.rest.zero_moments)
 
     # -- parts of a step ----------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ SHRINK_STEPS, SHRINK = 80, 0.01
 
 def _round(w: Tensor, step: Tensor, bits: int) -> Tensor:
     top = 2 ** (bits - 1) - 1
-    return torch.where(step > 0, (w / step.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-top, top) * step, 0.0)
+    level: Tensor = (w / step.clamp_min(torch.finfo(torch.float32).tiny)).round().clamp(-top, top)
+    return level * step  # a row of zeros has step 0 and stays zero
 
 
 def steps(
@@ -29,8 +30,9 @@ def steps(
     w = w.float() if kept is None else w.float()[:, ~kept]
     if w.shape[1] == 0:
         return torch.zeros(w.shape[0], 1, device=w.device)
-    full = w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    best, error = full, torch.full_like(full, float("inf"))
+    full: Tensor = w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    best: Tensor = full
+    error = torch.full_like(full, float("inf"))
     for i in range(SHRINK_STEPS):
         step = full * (1 - SHRINK * i)
         e = (w - _round(w, step, bits)).square().sum(1, keepdim=True)

@@ -16,7 +16,8 @@ checkpointing, would recompute the first with the second's noise; that is not su
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,7 @@ class _AddNoise(torch.autograd.Function):
         return x @ perturbation(half_step, kept, key).to(x.dtype).t()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         half_step, kept = ctx.saved_tensors
         return grad @ perturbation(half_step, kept, ctx.key).to(grad.dtype), None, None, None
 
@@ -119,7 +120,8 @@ class Noise:
                 stored = module.get_parameter("weight").detach()
                 steps.append(quantize.steps(_oriented(stored, selection), self._bits, kept) / 2)
             key = reference.key(self._seed, "noise", name, self.forwards)
-            return output + _AddNoise.apply(args[0], steps[0], kept, key)  # type: ignore[no-untyped-call]
+            added: Tensor = _AddNoise.apply(args[0], steps[0], kept, key)  # type: ignore[no-untyped-call]
+            return output + added
 
         return hook
 
@@ -141,3 +143,22 @@ def quantize_(p: Tensor, selection: Selection, bits: int) -> None:
     weight = _oriented(p, selection)
     kept = kept_columns(selection)
     weight.copy_(torch.where(kept, weight, quantize.quantized(weight, bits, kept).to(p.dtype)))
+
+
+@contextmanager
+def quantized_rest(model: nn.Module, columns: Mapping[str, Selection], bits: int) -> Iterator[None]:
+    """The model with its frozen columns in b bits and the chosen ones as trained, for the length of a block.
+
+    This is what is left after quantizing a GIFT-SW result: evaluate inside. The weights come back bit for bit.
+    """
+    parameters = {name: model.get_parameter(name) for name in columns}
+    held = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                quantize_(p.detach(), columns[name], _checked(bits))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.detach().copy_(held[name])

@@ -83,7 +83,9 @@ class Rule:
         if isinstance(keep, Mapping) or callable(keep):
             wanted = keep if isinstance(keep, Mapping) else keep(units, seed)
             if unknown := sorted(set(wanted) - set(units)):
-                raise ValueError(f"keep names the pool {unknown[0]!r}, which no target belongs to: there are {list(units)[:5]} …")
+                raise ValueError(
+                    f"keep names the pool {unknown[0]!r}, which no target belongs to: there are {list(units)[:5]} …"
+                )
             return {pool: count(wanted.get(pool, 0), n) for pool, n in units.items()}
         return {pool: count(keep, n) for pool, n in units.items()}
 
@@ -92,7 +94,9 @@ def check_keep(keep: float | int, what: str) -> None:
     """Raise ValueError unless `keep` is a fraction in (0, 1] or a count of units."""
     fraction = isinstance(keep, float)
     if isinstance(keep, bool) or (fraction and not 0 < keep <= 1) or keep < 0:
-        raise ValueError(f"{what}={keep} is out of range: give a fraction in (0, 1] (a float) or a count of units (an int).")
+        raise ValueError(
+            f"{what}={keep} is out of range: give a fraction in (0, 1] (a float) or a count of units (an int)."
+        )
 
 
 def count(keep: float | int, n: int) -> int:

@@ -6,8 +6,6 @@ the second key as its `tie` attribute. To add a criterion, add a function here a
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor
 
@@ -77,9 +75,12 @@ def saliency(bits: int = 4, gamma: float = 1.0, tau: float = INFINITY, rho: floa
 
     def score(w: Weight) -> Tensor:
         if w.value.ndim != 2 or w.unit.kind != "column":
-            raise ValueError(f"the GIFT-SW score chooses columns of matrices: {w.name!r} is {tuple(w.value.shape)}, unit {w.unit}.")
-        error = torch.linalg.vector_norm(w.value.float() - quantized(w.value, bits), ord=tau, dim=0)
-        return error * cast(Tensor, w.stat(input_norm(rho)) ** gamma)
+            raise ValueError(
+                f"the GIFT-SW score chooses columns of matrices: {w.name!r} is {tuple(w.value.shape)}, unit {w.unit}."
+            )
+        error: Tensor = torch.linalg.vector_norm(w.value.float() - quantized(w.value, bits), ord=tau, dim=0)
+        inputs: Tensor = w.stat(input_norm(rho)).pow(gamma)
+        return inputs * error
 
     score.__name__ = "saliency"
     return score
@@ -92,6 +93,3 @@ def input_norm(rho: float) -> str:
     'input_norm_2'
     """
     return f"input_norm_{rho:g}"
-
-
-

@@ -20,6 +20,7 @@ from finetooth.rule import Rule, layer, stem
 from finetooth.units import WHOLE, Unit
 from finetooth.weight import Score, Weight
 
+
 @dataclass(frozen=True)
 class Selection:
     """The chosen units of one tensor: sorted unit ids, the unit they count, the tensor's shape.
@@ -70,7 +71,9 @@ class Selection:
 
     def _grid(self, x: Tensor) -> Tensor:
         if tuple(x.shape) != self.shape:
-            raise ValueError(f"a selection of a tensor of shape {self.shape} was used on one of shape {tuple(x.shape)}.")
+            raise ValueError(
+                f"a selection of a tensor of shape {self.shape} was used on one of shape {tuple(x.shape)}."
+            )
         return self.unit.grid(x)
 
     @staticmethod

@@ -85,6 +85,43 @@ class Slot:
         self.age = self.age + 1
         reference.adamw_(x, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=base, **rate)
 
+    def follow(self, new: Selection, p: Tensor, reset: bool, remember: bool) -> None:
+        """Take over a new selection (compact): what left goes back to the base under reset; hold what is replaced."""
+        if reset and self.replaced is not None:
+            base = self.original(p)
+            self.migrate(new, p)
+            staying = new.gather(p)
+            self.replaced = Replaced(new.unit, new.shape, new.index, new.gather(base))
+            p.copy_(base)
+            new.scatter_(p, staying)
+            return
+        self.migrate(new, p)
+        if remember:
+            self.replaced = self.replaced or Replaced.empty(new.unit, p)
+            self.replaced.remember(new.index, p)
+
+    def write(self, p: Tensor, new: Tensor, selection: Selection | None, reset: bool, zero_moments: bool) -> None:
+        """Write the chosen entries of `new` (dense); under reset every other one becomes the base.
+
+        Without a selection, in a dense warm-up, all of `new` is written, and under reset all of p is remembered.
+        """
+        if selection is None:
+            if reset and self.replaced is None:
+                self.replaced = Replaced.empty(Unit(), p)
+                self.replaced.remember(Selection.whole(tuple(p.shape), p.device, Unit()).index, p)
+            p.copy_(new)
+            return
+        if reset:
+            base = self.original(p)
+            self.replaced = Replaced(selection.unit, selection.shape, selection.index, selection.gather(base))
+            p.copy_(base)
+            if zero_moments and self.exp_avg is not None and self.exp_avg_sq is not None:
+                outside = ~selection.mask()
+                self.exp_avg.masked_fill_(outside, 0.0)
+                self.exp_avg_sq.masked_fill_(outside, 0.0)
+        selection.scatter_(p, selection.gather(new))
+        self.selection = selection
+
     def original(self, p: Tensor) -> Tensor:
         """The base tensor, rebuilt from what was replaced; p itself where nothing was."""
         return p if self.replaced is None else self.replaced.original(p)
@@ -120,7 +157,11 @@ class Slot:
         for field in ("selection", "replaced"):
             if held := state.get(field):
                 unit, shape, index = Unit(*held["unit"]), tuple(held["shape"]), here(held["index"])
-                made = Selection(index, unit, shape) if field == "selection" else Replaced(unit, shape, index, here(held["values"]))
+                made = (
+                    Selection(index, unit, shape)
+                    if field == "selection"
+                    else Replaced(unit, shape, index, here(held["values"]))
+                )
                 setattr(slot, field, made)
         return slot
 

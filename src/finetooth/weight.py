@@ -53,7 +53,9 @@ class Weight:
     def _read(self, field_name: str) -> Tensor:
         found = self._lazy[field_name]
         if found is None:
-            raise Unavailable(f"the score reads w.{field_name}, which is not known for {self.name!r} at step {self.step}.")
+            raise Unavailable(
+                f"the score reads w.{field_name}, which is not known for {self.name!r} at step {self.step}."
+            )
         if not isinstance(found, Tensor):
             found = self._lazy[field_name] = found()
         return found

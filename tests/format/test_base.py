@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from finetooth.base import Replaced, open_base
+from finetooth.checkpoint import copy_changed
 from finetooth.units import Unit
 
 from .deltas import copy, make, same
@@ -82,7 +83,9 @@ def test_replaced_knows_the_base_whatever_trains(unit: Unit, shape: tuple[int, .
         restored = held.original(x).clone()
         mask = torch.zeros(n, dtype=torch.bool)
         mask[back.long()] = True
-        grid.copy_(torch.where(mask[:, None], unit.grid(restored).reshape(n, -1), grid.reshape(n, -1)).reshape(grid.shape))
+        grid.copy_(
+            torch.where(mask[:, None], unit.grid(restored).reshape(n, -1), grid.reshape(n, -1)).reshape(grid.shape)
+        )
         held.forget(back)
         assert not set(back.tolist()) & set(held.index.tolist())
         assert torch.equal(held.original(x), truth)
@@ -98,3 +101,22 @@ def test_replaced_shares_the_first_index_and_keeps_the_first_values() -> None:
     assert held.index.tolist() == [0, 1, 4]
     assert held.values.flatten().tolist() == [0.0, 1.0, 4.0]
     assert copy({"x": held.original(x)})["x"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "model.safetensors")
+    src, dst = tmp_path, tmp_path.parent / f"{tmp_path.name}-copy"
+    before = sorted(tmp_path.parent.iterdir())
+
+    def bytes_of(name: str) -> memoryview:
+        if name == "b":
+            raise OSError("no space left")
+        return memoryview(bytes(8))
+
+    with pytest.raises(OSError, match="no space left"):
+        copy_changed(src, dst, ["a", "b"], bytes_of)
+    with pytest.raises(ValueError, match="'a' has 8 bytes"):
+        copy_changed(src, dst, ["a"], lambda name: memoryview(bytes(4)))
+    assert sorted(tmp_path.parent.iterdir()) == before
+    copy_changed(src, dst, ["a"], bytes_of)
+    assert dst.is_dir()

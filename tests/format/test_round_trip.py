@@ -48,7 +48,9 @@ def test_the_cheapest_unit_is_taken() -> None:
     assert delta.info()["share"] == pytest.approx(70 / (4 * 48 + 48 + 5 + 1 + 3))
 
 
-@pytest.mark.parametrize("unit", [Unit(), Unit("row"), Unit("column"), Unit("block", 3), Unit("matrix"), Unit("layer")], ids=str)
+@pytest.mark.parametrize(
+    "unit", [Unit(), Unit("row"), Unit("column"), Unit("block", 3), Unit("matrix"), Unit("layer")], ids=str
+)
 @pytest.mark.parametrize("shape", [(6, 4), (2, 6, 3)], ids=str)
 def test_every_unit_goes_through_a_file(tmp_path: Path, unit: Unit, shape: tuple[int, ...]) -> None:
     """Extract chooses four of the kinds; a file may hold them all."""

@@ -36,7 +36,9 @@ def test_fp32(row: str, clip: float | None) -> None:
     assert set(names) == {n for n, s in opt.selections().items() if s.numel} or not opt.selections()
     adamw = torch.optim.AdamW([theirs.get_parameter(n) for n in names], foreach=False, **RATES)
     if clip:
-        adamw.register_step_pre_hook(lambda o, *_: torch.nn.utils.clip_grad_norm_(o.param_groups[0]["params"], clip) and None)
+        adamw.register_step_pre_hook(
+            lambda o, *_: torch.nn.utils.clip_grad_norm_(o.param_groups[0]["params"], clip) and None
+        )
     ids = batches(6)
     for _ in zip(train(ours, opt, ids), train(theirs, adamw, ids), strict=True):
         for name in names:

@@ -44,7 +44,9 @@ def test_exactly_k(row: str, unit: Unit, dtype: torch.dtype) -> None:
             assert chosen == sorted(set(chosen)) and (not chosen or 0 <= chosen[0] <= chosen[-1] < n)
             if rule.threshold:
                 scores = s.unit.grid(w.grad.abs().float()).sum(-1).flatten()
-                reached = scores >= scores.sort(descending=True).values[k - 1] if k else torch.zeros(n, dtype=torch.bool)
+                reached = (
+                    scores >= scores.sort(descending=True).values[k - 1] if k else torch.zeros(n, dtype=torch.bool)
+                )
                 assert chosen == reached.nonzero().flatten().tolist()
             else:
                 assert len(s) == k

@@ -34,7 +34,9 @@ def test_on_a_llama(row: str) -> None:
     masks = []
     for accumulate in (1, 4):
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        config = LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+        )
         model = LlamaForCausalLM(config)
         opt = finetooth.build(own_score if row == "own" else row, model, lr=1e-3, calibration=[ids])
         for micro in ids.chunk(accumulate):

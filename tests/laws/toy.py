@@ -103,7 +103,12 @@ def batches(n: int, seed: int = 0, size: int = 8) -> list[Tensor]:
 
 
 def build(row: str, model: nn.Module, **given: Any) -> finetooth.SelectiveAdamW:
-    settings = {"lr": 1e-2, "calibration": [{"input_ids": b} for b in batches(2, seed=9)], **SMALL.get(row, {}), **given}
+    settings = {
+        "lr": 1e-2,
+        "calibration": [{"input_ids": b} for b in batches(2, seed=9)],
+        **SMALL.get(row, {}),
+        **given,
+    }
     return finetooth.build(own_score if row == "own" else row, model, **settings)
 
 

@@ -49,7 +49,9 @@ def test_against_a_dense_reference(family: str, relative: bool) -> None:
             s.grad = model.get_parameter(n).grad.clone()
         adamw.step()
         grads = {n: s.grad for n, s in shadow.items()}
-        expected = dense_reference(base, {n: base[n] for n in names}, {n: s.data for n, s in shadow.items()}, grads, 0.1, relative)
+        expected = dense_reference(
+            base, {n: base[n] for n in names}, {n: s.data for n, s in shadow.items()}, grads, 0.1, relative
+        )
         opt.step()
         opt.zero_grad()
         silos: dict[str, list[int]] = {}

@@ -8,7 +8,7 @@ import torch
 
 import finetooth
 from finetooth import quantize
-from finetooth.rest import perturbation, quantized
+from finetooth.rest import perturbation, quantized, quantized_rest
 from tests.laws.toy import same, snapshot
 
 from .models import ids, step, tiny
@@ -43,41 +43,47 @@ CASES = [(b, g, t, r) for b, g in ((4, 1.0), (3, 0.5), (2, 2.0)) for t, r in ite
 
 @pytest.mark.parametrize(("bits", "gamma", "tau", "rho"), CASES)
 def test_columns_are_those_of_the_formula(bits: int, gamma: float, tau: float, rho: float) -> None:
-    for family, layer, weight in (("llama", "model.layers.1.mlp.down_proj", lambda m: m.weight), ("gpt2", "transformer.h.1.mlp.c_proj", lambda m: m.weight.t())):
+    for family, layer, weight in (
+        ("llama", "model.layers.1.mlp.down_proj", lambda m: m.weight),
+        ("gpt2", "transformer.h.1.mlp.c_proj", lambda m: m.weight.t()),
+    ):
         model, batches = tiny(family), [ids(seed=1), ids(seed=2)]
         module, seen = model.get_submodule(layer), []
-        handle = module.register_forward_hook(lambda m, a, o: seen.append(a[0].detach().reshape(-1, a[0].shape[-1])))
+        handle = module.register_forward_hook(
+            lambda m, a, o, seen=seen: seen.append(a[0].detach().reshape(-1, a[0].shape[-1]))
+        )
         model.eval()
         for batch in batches:
             model(input_ids=batch)
         handle.remove()
         expected = slow_saliency(weight(module).detach(), torch.cat(seen), bits, gamma, tau, rho)
-        opt = finetooth.build(
-            "gift-sw", model, keep=5, calibration=batches, bits=bits, gamma=gamma, tau=tau, rho=rho
-        )
+        opt = finetooth.build("gift-sw", model, keep=5, calibration=batches, bits=bits, gamma=gamma, tau=tau, rho=rho)
         chosen = opt.selections()[f"{layer}.weight"].index.tolist()
         assert chosen == sorted(sorted(range(len(expected)), key=lambda j: -expected[j])[:5])
 
 
 def test_128_columns_or_all_of_a_small_matrix() -> None:
     model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(300, 4), torch.nn.Linear(40, 4)])})
-    model.forward = lambda input_ids, labels=None: (model["layers"][0](torch.ones(1, 300)), model["layers"][1](torch.ones(1, 40)))[0].sum() and type("O", (), {"loss": None})()
+    model.forward = lambda input_ids, labels=None: (
+        (model["layers"][0](torch.ones(1, 300)), model["layers"][1](torch.ones(1, 40)))[0].sum()
+        and type("O", (), {"loss": None})()
+    )
     opt = finetooth.build("gift-sw", model, calibration=[ids()])
     assert {n: len(s) for n, s in opt.selections().items()} == {"layers.0.weight": 128, "layers.1.weight": 40}
 
 
 def test_padding_does_not_count() -> None:
-    model = tiny("llama")
     batch, mask = ids(), torch.ones(4, 8, dtype=torch.long)
     mask[:, 5:] = 0
     other = batch.clone()
     other[:, 5:] = 7
     stats = [
-        finetooth.build("gift-sw", tiny("llama"), keep=3, calibration=[{"input_ids": b, "attention_mask": mask}]).selections()
+        finetooth.build(
+            "gift-sw", tiny("llama"), keep=3, calibration=[{"input_ids": b, "attention_mask": mask}]
+        ).selections()
         for b in (batch, other)
     ]
     assert all(torch.equal(stats[0][n].index, stats[1][n].index) for n in stats[0])
-    del model
 
 
 def test_noise_has_the_stated_deviation() -> None:
@@ -92,7 +98,9 @@ def test_noise_has_the_stated_deviation() -> None:
     ratio = e[:, 5:].std(1) / (delta.flatten() / 2)
     assert ((ratio - 1).abs() < 0.025).all()
     assert (e[:, 5:].mean(1).abs() < 5 * delta.flatten() / 2 / math.sqrt(20000)).all()
-    assert torch.equal(e, perturbation(delta / 2, kept, key=3)) and not torch.equal(e, perturbation(delta / 2, kept, key=4))
+    assert torch.equal(e, perturbation(delta / 2, kept, key=3)) and not torch.equal(
+        e, perturbation(delta / 2, kept, key=4)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "neox"])
@@ -175,6 +183,24 @@ def test_quantize_then_train() -> None:
     fresh = tiny("llama")
     delta.apply(fresh)
     assert all(same(p, snapshot(model)[n]) for n, p in snapshot(fresh).items())
+
+
+def test_quantized_after_training_and_back() -> None:
+    model = tiny("llama")
+    opt = finetooth.build("gift-sw", model, keep=4, calibration=[ids()], lr=1e-2)
+    for i in range(3):
+        step(model, opt, ids(seed=i))
+    trained, losses = snapshot(model), {}
+    for bits in (8, 2):
+        with quantized_rest(model.eval(), opt.selections(), bits):
+            losses[bits] = model(input_ids=ids(), labels=ids()).loss.item()
+            for name, selection in opt.selections().items():
+                mask = selection.mask()
+                assert same(snapshot(model)[name][mask], trained[name][mask])
+                assert not same(snapshot(model)[name][~mask], trained[name][~mask])
+        assert all(same(p, trained[n]) for n, p in snapshot(model).items())
+    clean = model(input_ids=ids(), labels=ids()).loss.item()
+    assert abs(losses[8] - clean) < abs(losses[2] - clean)
 
 
 def test_without_calibration_it_says_what_to_give() -> None:

@@ -1,6 +1,6 @@
 """Writes golden.safetensors: run it only when the format gets a new version, which is a new file beside this one.
 
-    PYTHONPATH=src python tests/format/golden/make.py
+PYTHONPATH=src python tests/format/golden/make.py
 """
 
 from __future__ import annotations
