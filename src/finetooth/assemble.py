@@ -110,6 +110,11 @@ def loaded_from(model: nn.Module) -> str | None:
     return source if all(name in known for name, _ in model.named_parameters()) else None
 
 
+def check_options(method: str | Score | Method, options: Mapping[str, Any]) -> None:
+    """Raise ValueError for an unknown method, or an option that it does not have, before anything is loaded."""
+    _check_names(_row(method), options)
+
+
 def _row(method: str | Score | Method) -> Method:
     if isinstance(method, Method):
         return method

@@ -1,0 +1,132 @@
+"""What a person sees: errors as one line, progress as a bar, results as a table.
+
+stdout carries the result and nothing else, so that `--json` can be piped; progress and remarks go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+FAILED, BAD_INPUT = 1, 2
+_TITLES = {
+    "task_loss": "task loss",
+    "exact_match": "exact match",
+    "general_loss": "loss on the general text (forgetting)",
+}
+
+
+@contextmanager
+def clean_errors() -> Iterator[None]:
+    """Bad input is exit code 2, a failed run 1; both as one readable message and no traceback."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        _stop(str(error), BAD_INPUT)
+    except (RuntimeError, OSError) as error:
+        _stop(str(error), FAILED)
+
+
+def _stop(message: str, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+def quiet() -> None:
+    """Keep libraries' chatter off the terminal; call it before they are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Callable[[int, int, float | None], None]]:
+    """A progress bar on stderr: the function takes step, steps in all and the last loss."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[loss]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=False) as progress:
+        task = progress.add_task(title, total=None, loss="loading and measuring the base")
+
+        def report(step: int, steps: int, loss: float | None) -> None:
+            progress.update(task, completed=step, total=steps, loss="" if loss is None else f"loss {loss:.3f}")
+
+        yield report
+
+
+def results(found: dict[str, Any], as_json: bool) -> None:
+    """The end of a run, as a table or as JSON on stdout."""
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    console = Console(file=sys.stdout)
+    table = Table(
+        title=f"{found['base']} fine-tuned with {found['method']}, {found['seconds']:.0f} s", title_justify="left"
+    )
+    table.add_column("")
+    for name in ("before", "after"):
+        table.add_column(name, justify="right")
+    for name, value in found["after"].items():
+        table.add_row(_TITLES.get(name, name.replace("_", " ")), f"{found['before'][name]:.3f}", f"{value:.3f}")
+    console.print(table)
+    facts = Table(show_header=False, box=None)
+    facts.add_row("weights changed", f"{found['changed']:,} of {found['weights']:,} ({found['share']:.1%})")
+    facts.add_row("delta on disk", f"{found['delta_bytes']:,} bytes")
+    facts.add_row("taken off again", "the base, bit for bit" if found["reverted"] else "NOT the base")
+    if found["sample"]:
+        facts.add_row("asked", found["sample"]["prompt"])
+        facts.add_row("expected", found["sample"]["expected"])
+        facts.add_row("said before", found["sample"]["before"] or "(nothing)")
+        facts.add_row("says now", found["sample"]["after"] or "(nothing)")
+    facts.add_row("run folder", found["run"])
+    console.print(facts)
+    for remark in remarks(found):
+        typer.echo(remark, err=True)
+
+
+def remarks(found: dict[str, Any]) -> list[str]:
+    """What a person should know about the data and the run, if anything."""
+    data, out = found["data"], []
+    if data["truncated"]:
+        out.append(f"note: {data['truncated']} of {data['rows']} training rows were cut to train.max_length.")
+    if data["without_target"]:
+        out.append(f"note: {data['without_target']} rows lost their whole completion that way and were left out.")
+    if found["skipped_steps"]:
+        out.append(f"note: {found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
+    return out
+
+
+def preview(found: dict[str, Any], as_json: bool) -> None:
+    """Rows of data with what is learnt set off."""
+    if as_json:
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    console = Console(file=sys.stdout)
+    for row in found["rows"]:
+        table = Table(show_header=False, title=f"{row['tokens']} tokens", title_justify="left")
+        table.add_row("context", repr(row["context"]))
+        table.add_row("learnt", repr(row["learnt"]), style="bold")
+        console.print(table)
+        if not row["ends_with_eos"]:
+            console.print("this row does not end with the end-of-sequence token: its end is not learnt")
+    of = found["of"]
+    console.print(
+        f"{of['rows']} rows; {of['truncated']} cut, {of['without_target']} left with nothing to learn; "
+        f"{found['tokens_learnt']} tokens bear loss; the longest row has {found['longest']} tokens."
+    )

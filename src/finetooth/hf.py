@@ -1,0 +1,49 @@
+"""What transformers' Trainer and TRL's need from us: one callback.
+
+The optimizer goes in by the public door, `optimizers=(opt, None)`. Its own clipping replaces the trainer's, so
+the norm in the logs is taken from it: it is the norm of the gradients that were used.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from finetooth.optim import SelectiveAdamW
+
+Progress = Callable[[int, int, float | None], None]  # step, steps in all, last loss
+
+
+class SelectiveCallback(TrainerCallback):
+    """True gradient norms and skipped steps in the logs, a metrics file, and progress."""
+
+    def __init__(self, opt: SelectiveAdamW, metrics: Path | None = None, progress: Progress | None = None) -> None:
+        self._opt, self._metrics, self._progress, self._loss = opt, metrics, progress, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """A resumed run continues the metrics file from its checkpoint: later lines belong to what was lost."""
+        if self._metrics is None or not self._metrics.exists():
+            return
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        self._metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Put the optimizer's figures into the log and append it to the metrics file."""
+        if logs is None:
+            return
+        logs["grad_norm"], logs["skipped_steps"] = self._opt.grad_norm, self._opt.skipped
+        self._loss = logs.get("loss", self._loss)
+        if self._metrics is not None and state.is_world_process_zero:
+            line = {"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}}
+            with self._metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Report progress after every optimizer step."""
+        if self._progress is not None:
+            self._progress(state.global_step, state.max_steps, self._loss)

@@ -1,0 +1,212 @@
+"""A run as data: a strict schema that reads from YAML, takes dotted overrides, and writes back to YAML.
+
+Unknown keys are errors that name the nearest right one. `${NAME}` in a string is an environment variable; a
+relative path is relative to the recipe's file; `embedded:NAME` is a part of this package. All of it, and
+that the files exist, is checked before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from finetooth import embedded
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run: what was given, where, and the choices."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MethodPart(_Part):
+    """A row of METHODS and what is changed of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = "gmt"
+    keep: float | int | dict[str, float | int] | None = None
+    calibration_rows: int = Field(256, ge=1)  # rows of the training data that a calibrated row may look at
+
+    @field_validator("keep", mode="before")
+    @classmethod
+    def _exact(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("give a fraction in (0, 1] or a count of units")
+        return value
+
+
+class OptimizerPart(_Part):
+    lr: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float | None = Field(1.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+
+
+class DataPart(_Part):
+    train: str
+    eval: str | None = None
+    template: str = "{prompt}"  # what becomes of a prompt; other fields of the row may be named too
+    separator: str = "\n"  # between prompt and completion, unless one of them brings white space
+    packing: bool = False
+    limit: int | None = Field(None, ge=1)
+    eval_limit: int | None = Field(None, ge=1)
+
+
+class TrainPart(_Part):
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(8, ge=1)
+    accumulate: int = Field(1, ge=1)
+    max_length: int = Field(1024, ge=2)
+    seed: int = Field(0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"  # the dtype the weights are held in
+    gradient_checkpointing: bool = False
+    checkpoint_every: int | None = Field(None, ge=1)  # optimizer steps
+    stop_after_nonfinite: int = Field(5, ge=1)
+
+
+class EvaluatePart(_Part):
+    task: Literal["exact_match", "loss", "none"] = "loss"
+    extract: str | None = None  # a regular expression whose first group is the answer in a generation
+    max_new_tokens: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1)
+    forgetting: str | None = None  # a general text: .txt, .gz or .xz
+    quantized_bits: int | None = Field(None, ge=2, le=8)  # gift-sw: also with the other columns in so many bits
+
+
+class Recipe(_Part):
+    """One run; `output` is the folder it writes."""
+
+    model: str
+    method: MethodPart = MethodPart()
+    optimizer: OptimizerPart = OptimizerPart()
+    data: DataPart
+    train: TrainPart = TrainPart()
+    evaluate: EvaluatePart = EvaluatePart()
+    output: str
+    merged: bool = False  # also write the whole tuned model
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; it reads back as an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe file, apply `a.b=c` overrides, resolve its paths and check that they exist."""
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"there is no recipe {file}.")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{file} holds {type(raw).__name__}: a recipe is a mapping with model, data and output.")
+    override(raw, overrides)
+    recipe = parse(raw)
+    return located(recipe, file.parent)
+
+
+def parse(raw: Mapping[str, Any]) -> Recipe:
+    """Validate a mapping; RecipeError names every key that is wrong and the nearest right one."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_sentence(e) for e in error.errors())) from error
+
+
+def override(raw: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Apply `a.b=c` to a raw recipe; values are YAML, so `2e-4` needs its point: 2.0e-4."""
+    for given in overrides:
+        key, sign, value = given.partition("=")
+        if not sign or not key:
+            raise RecipeError(f"{given!r} is not an override: write a.b=value, such as optimizer.lr=2.0e-4.")
+        *path, last = key.split(".")
+        at: Any = raw
+        for part in path:
+            at = at.setdefault(part, {})
+            if not isinstance(at, dict):
+                raise RecipeError(f"{given!r}: {part!r} is a value, not a section.")
+        parsed = yaml.safe_load(value)
+        at[last] = _number(parsed) if isinstance(parsed, str) else parsed
+
+
+def _number(text: str) -> Any:
+    """YAML reads 2e-4 as text; everyone means the number."""
+    return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else text
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, cutoff=0.5)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        return f"{key}: this key is unknown.{hint} There are: {', '.join(known)}."
+    if error["type"] == "missing":
+        return f"{key}: this key is missing."
+    return f"{key}={error['input']!r}: {error['msg']}."
+
+
+def located(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with its paths made whole; RecipeError for a file that is not there."""
+    data, evaluate = recipe.data, recipe.evaluate
+    found = {
+        "model": _model(recipe.model, folder),
+        "data": data.model_copy(
+            update={"train": _file("data.train", data.train, folder), "eval": _file("data.eval", data.eval, folder)}
+        ),
+        "evaluate": evaluate.model_copy(
+            update={"forgetting": _file("evaluate.forgetting", evaluate.forgetting, folder)}
+        ),
+        "output": str(Path(_expanded("output", recipe.output)).expanduser()),
+    }
+    return recipe.model_copy(update=found)
+
+
+def _expanded(key: str, text: str) -> str:
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise RecipeError(f"{key}={text!r}: the environment variable {name} is not set.")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+def _file(key: str, given: str | None, folder: Path) -> str | None:
+    if given is None:
+        return None
+    if given.startswith(embedded.PREFIX):
+        return str(embedded.path(given))
+    file = folder / Path(_expanded(key, given)).expanduser()
+    if not file.is_file():
+        raise RecipeError(f"{key}: there is no file {file}.")
+    return str(file)
+
+
+def _model(given: str, folder: Path) -> str:
+    if given.startswith(embedded.PREFIX):
+        return str(embedded.path(given))
+    text = _expanded("model", given)
+    local = folder / Path(text).expanduser()
+    if local.is_dir():
+        return str(local)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", text) and not local.exists():
+        return text  # a hub id: the user named it
+    raise RecipeError(f"model={given!r} is neither a folder ({local}) nor a hub id such as org/name.")

@@ -1,0 +1,258 @@
+"""The main job: a recipe in, a run folder out.
+
+The loop is TRL's `SFTTrainer`. Ours are the optimizer, which goes in through `optimizers=`, the tokenization, which
+training and evaluation share, and the measurements before and after. The trainer's clipping is off
+(`max_grad_norm=0`), because it would look at the gradients of weights that are not chosen; the optimizer clips.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from finetooth import checkpoint, evaluate, run
+from finetooth.assemble import build, check_options, loaded_from
+from finetooth.base import bits
+from finetooth.data import DataError, Prepared, documents, prepare
+from finetooth.delta import Delta
+from finetooth.hf import Progress, SelectiveCallback
+from finetooth.methods import METHODS
+from finetooth.optim import SelectiveAdamW
+from finetooth.recipe import Recipe
+from finetooth.rest import quantized_rest
+
+SAMPLES = 64  # of the evaluation rows, one is shown: the first that comes out right, if any does
+CALIBRATION_BATCH = 8
+
+
+@dataclass
+class Job:
+    """Everything a run has loaded."""
+
+    recipe: Recipe
+    folder: Path
+    tokenizer: Any
+    train: Prepared
+    eval: Prepared | None
+    general: list[str]
+    model: nn.Module
+
+    @property
+    def pad(self) -> int:
+        """The id that padding gets."""
+        return int(self.tokenizer.pad_token_id)
+
+
+def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
+    """Run a recipe; the results, as they are also written to `results.json`."""
+    check_options(recipe.method.name, recipe.method.model_extra or {})
+    folder, started = run.start(recipe, resume), time.monotonic()
+    job = load(recipe, folder)
+    before, said_before = measure(job)
+    opt = optimizer(job)
+    trainer = make_trainer(job, opt, progress)
+    trainer.train(resume_from_checkpoint=str(run.last_checkpoint(folder)) if resume else None)
+    opt.verify_frozen()
+    delta = Delta.extract(job.model, opt, recipe=recipe.model_dump(mode="json"), method=recipe.method.name)
+    delta.save(folder / "delta.safetensors")
+    after, said_after = measure(job)
+    after |= quantized(job, opt)
+    results = {
+        "method": recipe.method.name,
+        "base": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
+        "before": {name: before.get(name, before.get("task_loss")) for name in after},
+        "after": after,
+        **summary(job, delta, folder),
+        "reverted": reverts(job, delta),
+        "sample": sample(job, said_before, said_after),
+        "data": notes(job),
+        "skipped_steps": opt.skipped,
+        "state_bytes": opt.state_bytes(),
+        "seconds": round(time.monotonic() - started, 1),
+        "run": str(folder),
+    }
+    run.write_json(folder / "results.json", results)
+    (folder / "README.md").write_text(run.card(recipe, results, METHODS[recipe.method.name].paper), encoding="utf-8")
+    if recipe.merged:
+        job.model.save_pretrained(folder / "merged")  # type: ignore[operator]
+        job.tokenizer.save_pretrained(folder / "merged")
+    return results
+
+
+def load(recipe: Recipe, folder: Path) -> Job:
+    """Tokenizer and data first, then the model: bad data should not cost the loading of the weights."""
+    source = str(checkpoint.resolve(recipe.model))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise DataError(f"the tokenizer of {recipe.model} has neither a pad nor an end-of-sequence token.")
+    data, longest = recipe.data, recipe.train.max_length
+    learn = prepare(data.train, data, tokenizer, longest, data.limit)
+    test = prepare(data.eval, data, tokenizer, longest, data.eval_limit) if data.eval else None
+    general = documents(recipe.evaluate.forgetting) if recipe.evaluate.forgetting else []
+    dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    context = getattr(model.config, "max_position_embeddings", longest)
+    if longest > context:
+        raise DataError(f"train.max_length={longest} is more than the model's context of {context} tokens.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Job(recipe, folder, tokenizer, learn, test, general, model.to(device))
+
+
+def optimizer(job: Job) -> SelectiveAdamW:
+    """The method's optimizer, calibrated on rows of the training data where it wants that."""
+    recipe, rate = job.recipe, job.recipe.optimizer
+    row = METHODS[recipe.method.name]
+    rows = job.train.examples[: recipe.method.calibration_rows]
+    batches = (
+        [evaluate.pad(batch, job.pad) for batch in evaluate.batched(rows, CALIBRATION_BATCH)]
+        if row.calibrated
+        else None
+    )
+    base: Any = loaded_from(job.model)
+    if base is None and row.state == "dense" and row.rest.kind != "reset":  # its names are not the checkpoint's
+        base = {name: p.detach().clone().cpu() for name, p in job.model.named_parameters()}
+    return build(
+        recipe.method.name,
+        job.model,
+        lr=rate.lr,
+        keep=recipe.method.keep,
+        weight_decay=rate.weight_decay,
+        max_grad_norm=rate.max_grad_norm,
+        betas=rate.betas,
+        eps=rate.eps,
+        seed=recipe.train.seed,
+        stop_after=recipe.train.stop_after_nonfinite,
+        calibration=batches,
+        base=base,
+        **(recipe.method.model_extra or {}),
+    )
+
+
+def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> SFTTrainer:
+    """TRL's trainer on tokenized rows, with nothing of its own that would touch the optimizer's work."""
+    recipe, how, rate = job.recipe, job.recipe.train, job.recipe.optimizer
+    rows = [{"input_ids": e.ids, "labels": e.labels} for e in job.train.examples]
+    args = SFTConfig(
+        output_dir=str(job.folder / "checkpoints"),
+        num_train_epochs=how.epochs,
+        max_steps=how.max_steps or -1,
+        per_device_train_batch_size=how.batch_size,
+        gradient_accumulation_steps=how.accumulate,
+        max_length=how.max_length,
+        packing=recipe.data.packing,
+        learning_rate=rate.lr,
+        lr_scheduler_type=rate.schedule,
+        warmup_steps=rate.warmup_steps,
+        max_grad_norm=0.0,
+        bf16=False,
+        fp16=False,
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=how.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if how.gradient_checkpointing else None,
+        save_strategy="steps",
+        save_steps=how.checkpoint_every or 500,
+        save_total_limit=2,
+        logging_steps=10,
+        logging_first_step=True,
+        seed=how.seed,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = SFTTrainer(
+        model=job.model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=job.tokenizer,
+        optimizers=(opt, None),
+        callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress)],
+    )
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+        trainer.remove_callback(callback)
+    return trainer
+
+
+def measure(job: Job) -> tuple[dict[str, float], list[str]]:
+    """What the recipe asks for, on the model as it is, and a few generations."""
+    how, out, said = job.recipe.evaluate, dict[str, float](), list[str]()
+    if job.eval is not None and how.task != "none":
+        out["task_loss"] = evaluate.task_loss(job.model, job.eval.examples, job.pad, how.batch_size)
+    if job.eval is not None:
+        exact = how.task == "exact_match"
+        asked = (
+            [e for e in job.eval.examples if e.prompt]
+            if exact
+            else [e for e in job.eval.examples if e.prompt][:SAMPLES]
+        )
+        prompts = [e.ids[: e.prompt] for e in asked]
+        said = evaluate.generate(job.model, job.tokenizer, prompts, how.max_new_tokens, how.batch_size)
+        if exact:
+            out["exact_match"] = evaluate.exact_match(said, asked, how.extract)
+    if job.general:
+        out["general_loss"] = evaluate.general_loss(job.model, job.tokenizer, job.general, _context(job))
+    return out, said
+
+
+def _context(job: Job) -> int:
+    return int(min(getattr(job.model.config, "max_position_embeddings", 1024), 1024))
+
+
+def quantized(job: Job, opt: SelectiveAdamW) -> dict[str, float]:
+    """The task loss with the columns that did not train in a few bits, where the recipe asks for it."""
+    width = job.recipe.evaluate.quantized_bits
+    if width is None or job.eval is None:
+        return {}
+    columns = {n: s for n, s in opt.selections().items() if s.unit.kind in ("column", "row")}
+    if not columns:
+        raise DataError(f"evaluate.quantized_bits={width}: {job.recipe.method.name} did not train columns.")
+    with quantized_rest(job.model, columns, width):
+        return {f"task_loss_at_{width}_bits": evaluate.task_loss(job.model, job.eval.examples, job.pad)}
+
+
+def summary(job: Job, delta: Delta, folder: Path) -> dict[str, Any]:
+    """How much changed, and what it takes on disk."""
+    info, weights = delta.info(), sum(p.numel() for p in job.model.parameters())
+    size = (folder / "delta.safetensors").stat().st_size
+    return {"changed": info["changed"], "weights": weights, "share": info["changed"] / weights, "delta_bytes": size}
+
+
+@torch.no_grad()
+def reverts(job: Job, delta: Delta) -> bool:
+    """Take the delta off and compare every parameter with a fresh load of the base, bit for bit."""
+    fresh = AutoModelForCausalLM.from_pretrained(str(checkpoint.resolve(job.recipe.model)), dtype=job.model.dtype)
+    expected = dict(fresh.named_parameters())
+    with delta.reverted(job.model):
+        return all(torch.equal(bits(p.cpu()), bits(expected[name])) for name, p in job.model.named_parameters())
+
+
+def sample(job: Job, before: list[str], after: list[str]) -> dict[str, str]:
+    """One evaluation row with what the model said before and says now."""
+    asked = [e for e in job.eval.examples if e.prompt] if job.eval is not None else []
+    if not asked or not after:
+        return {}
+    shown = range(min(SAMPLES, len(after)))
+    right = [i for i in shown if evaluate.answer(after[i], job.recipe.evaluate.extract) == asked[i].target.strip()]
+    at = right[0] if right else 0
+    prompt = job.tokenizer.decode(asked[at].ids[: asked[at].prompt], skip_special_tokens=True)
+    return {
+        "prompt": prompt.strip(),
+        "before": before[at].strip(),
+        "after": after[at].strip(),
+        "expected": asked[at].target,
+    }
+
+
+def notes(job: Job) -> dict[str, int]:
+    """What must be known about the data: rows, cut ones, ones left out, tokens that bear loss."""
+    t = job.train
+    return {"rows": t.rows, "truncated": t.truncated, "without_target": t.without_target, "tokens_learnt": t.learnt}
