@@ -55,7 +55,13 @@ def environment() -> dict[str, Any]:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     libraries = {name: version(name) for name in LIBRARIES}
-    return {"finetooth": __version__, "python": platform.python_version(), "device": device, "threads": torch.get_num_threads(), **libraries}
+    return {
+        "finetooth": __version__,
+        "python": platform.python_version(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        **libraries,
+    }
 
 
 def write_json(path: Path, value: Any) -> None:
