@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import json
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetooth import __version__
 from finetooth.recipe import Recipe, RecipeError
 
-LIBRARIES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
+LIBRARIES = ("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 def start(recipe: Recipe, resume: bool) -> Path:
@@ -54,14 +53,20 @@ def environment() -> dict[str, Any]:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    libraries = {name: version(name) for name in LIBRARIES}
+    libraries = {name: _version(name) for name in LIBRARIES}
     return {
-        "finetooth": __version__,
         "python": platform.python_version(),
         "device": device,
         "threads": torch.get_num_threads(),
         **libraries,
     }
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "not installed"
 
 
 def write_json(path: Path, value: Any) -> None:

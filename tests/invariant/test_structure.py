@@ -27,7 +27,7 @@ LEVELS = (
     {"optim", "named", "slot", "linear", "codec", "diff", "delta"},
     {"methods", "assemble"},
     {"recipe", "embedded", "data"},
-    {"train", "evaluate", "report", "hf"},
+    {"train", "run", "evaluate", "preview", "report", "hf"},
     {"cli"},
     {"__init__", "__main__"},
 )

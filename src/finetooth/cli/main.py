@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from finetooth import __version__
 from finetooth.cli import delta, demo, methods, train
 
 app = typer.Typer(
@@ -24,7 +23,9 @@ app.add_typer(train.data)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        from importlib.metadata import version
+
+        typer.echo(version("finetooth"))
         raise typer.Exit
 
 

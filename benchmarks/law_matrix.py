@@ -1,0 +1,75 @@
+"""The laws as a table: rows of METHODS against laws of the design, with the number of tests that passed.
+
+python benchmarks/law_matrix.py        # writes docs/laws.md; exit code 1 if any failed
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+from finetooth import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = [*METHODS, "own"]
+LAWS = {
+    1: "rest is kept",
+    2: "keep=1 is AdamW",
+    3: "exact budget",
+    4: "accumulation",
+    5: "two ranks",
+    6: "resume",
+    7: "apply and revert",
+    8: "seeds",
+}
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "laws.xml"
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "tests/laws",
+            "tests/dist",
+            f"--junitxml={report}",
+            "-p",
+            "no:cacheprovider",
+        ]
+        code = subprocess.run(command, cwd=ROOT, check=False, stdout=sys.stderr).returncode
+        cases = list(ElementTree.parse(report).iter("testcase"))
+    passed, other = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
+    for case in cases:
+        law = re.search(r"test_(\d)_", case.attrib["classname"])
+        name = case.attrib["name"].replace("gmt-strict", "gmtstrict").replace("gift-sw", "giftsw")
+        words = set(re.findall(r"[a-z0-9]+", name.partition("[")[2]))
+        for row in ROWS:
+            if law and row.replace("-", "") in words:
+                target = passed if not [c for c in case if c.tag in ("failure", "error", "skipped")] else other
+                target[row, int(law.group(1))] += 1
+    lines = [f"| row | {' | '.join(f'{n} {text}' for n, text in LAWS.items())} |", f"|---{'|---' * len(LAWS)}|"]
+    for row in ROWS:
+        cells = [f"{passed[row, n] or '–'}" for n in LAWS]
+        lines.append(f"| `{row}` | {' | '.join(cells)} |")
+    page = f"""# The law matrix
+
+How many tests of each law pass for each row, float32 and bfloat16 together; made by `python benchmarks/law_matrix.py`.
+`own` is a user's score function (`tests/laws/toy.py`). A dash: the law does not apply (`full` chooses nothing, so it has no
+budget; law 5's and 6's tests are one for each dtype).
+
+{chr(10).join(lines)}
+"""
+    (ROOT / "docs" / "laws.md").write_text(page, encoding="utf-8")
+    sys.stdout.write(page)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
