@@ -61,8 +61,8 @@ def main() -> int:
     page = f"""# The law matrix
 
 How many tests of each law pass for each row, float32 and bfloat16 together; made by `python benchmarks/law_matrix.py`.
-`own` is a user's score function (`tests/laws/toy.py`). A dash: the law does not apply (`full` chooses nothing, so it has no
-budget; law 5's and 6's tests are one for each dtype).
+`own` is a user's score function (`tests/laws/toy.py`). A dash: the law does not apply (`full` chooses nothing, so it
+has no budget). `gift-sw` has fewer tests of law 3, because its score knows columns only.
 
 {chr(10).join(lines)}
 """
