@@ -46,6 +46,17 @@ class Prepared:
     truncated: int = 0
     without_target: int = 0
 
+    def remarks(self, eos: int | None) -> list[str]:
+        """What a person should know before training starts, if anything."""
+        out = []
+        if self.truncated:
+            out.append(f"{self.truncated} of {self.rows} training rows are cut to train.max_length.")
+        if self.without_target:
+            out.append(f"{self.without_target} rows lose their whole completion that way and are left out.")
+        if not any(eos in e.labels for e in self.examples):
+            out.append("no row teaches the end-of-sequence token: generations will not stop by themselves.")
+        return out
+
     @property
     def learnt(self) -> int:
         """Tokens that bear loss."""

@@ -40,6 +40,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._origins: dict[str, str] = {}
         self._rewrote_base = False
         super().__init__(named, defaults)
+        self._complete = True
 
     # -- what a user asks ---------------------------------------------------------------------------
 
@@ -87,6 +88,12 @@ class NamedOptimizer(torch.optim.Optimizer):
         if name in self._origins and fingerprint(found) != self._origins[name]:
             raise ValueError(f"base={self._base!r} is not what the model was when training began: {name!r} differs.")
         return found
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused after construction: a rule's budget and the frozen rest are settled when the optimizer is built."""
+        if self.__dict__.get("_complete"):
+            raise ValueError("parameters cannot be added to a selective optimizer: build a new one with other targets.")
+        super().add_param_group(param_group)
 
     # -- books ----------------------------------------------------------------------------------------
 

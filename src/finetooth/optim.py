@@ -191,8 +191,7 @@ class SelectiveAdamW(NamedOptimizer):
         return self._mask == "update" and self.rule is not None
 
     def _finite(self, live: Mapping[str, Tensor]) -> bool:
-        norm = torch.nn.utils.get_total_norm([p.grad for p in live.values() if p.grad is not None])
-        if torch.isfinite(norm):
+        if torch.isfinite(_norm(p.grad for p in live.values() if p.grad is not None)):
             self._bad_in_a_row = 0
             return True
         self.skipped += 1
@@ -207,7 +206,8 @@ class SelectiveAdamW(NamedOptimizer):
 
     def _step_compact(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
         if self.when(self.steps) and not (self.steps == 0 and self._selected()):
-            self._select_compact(grads, {})
+            unused = {n: torch.zeros_like(p) for n, p in self._parameters().items() if n not in grads}
+            self._select_compact({**grads, **unused}, {})
             if self.when is once and not self.steps:
                 self._take_prints()
         chosen = {n: s for n in live if (s := self._slots[n].selection) is not None and len(s)}
@@ -263,8 +263,7 @@ class SelectiveAdamW(NamedOptimizer):
 
     def _clip(self, grads: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         """Measure the norm of the gradients in use; the function that brings one to float32 and scales it."""
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads.values()]
-        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+        total = _norm(grads.values())
         self.grad_norm = float(total)
         factor = (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)  # the 1e-6 of torch's clip_grad_norm_
         clips = bool(self.max_grad_norm) and float(factor) < 1.0
@@ -324,3 +323,9 @@ class SelectiveAdamW(NamedOptimizer):
             self._settle()
         if self._noise:
             self._noise.forwards = extra["forwards"]
+
+
+def _norm(grads: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, in float32: float16's own would overflow at 65504."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

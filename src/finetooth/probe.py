@@ -46,6 +46,10 @@ def calibrate(
             seen += 1
     if not seen:
         raise ValueError("calibration has no batches: give at least one dict with input_ids of shape [batch, tokens].")
+    if with_grad:  # a parameter that no batch used has a gradient of zero
+        for name, p in model.named_parameters():
+            if name in stats:
+                stats[name].setdefault("grad", torch.zeros_like(p, dtype=torch.float32))
     for measured in stats.values():
         for need, value in measured.items():
             if need == "grad":

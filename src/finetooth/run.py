@@ -16,8 +16,8 @@ from finetooth.recipe import Recipe, RecipeError
 LIBRARIES = ("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-def start(recipe: Recipe, resume: bool) -> Path:
-    """Make the folder, or check that it can be resumed; RecipeError says what is in the way."""
+def check(recipe: Recipe, resume: bool) -> None:
+    """Raise RecipeError if the output folder is in use, or holds nothing that could be resumed."""
     folder = Path(recipe.output)
     used = folder.is_dir() and any(folder.iterdir())
     if folder.exists() and not folder.is_dir():
@@ -26,6 +26,11 @@ def start(recipe: Recipe, resume: bool) -> Path:
         raise RecipeError(f"output={folder} is not empty: give another folder, or --resume to continue the run in it.")
     if resume:
         _same(recipe, folder)
+
+
+def start(recipe: Recipe) -> Path:
+    """Make the folder and say in it what is about to be run."""
+    folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     write_json(folder / "environment.json", environment())

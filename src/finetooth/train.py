@@ -8,6 +8,7 @@ training and evaluation share, and the measurements before and after. The traine
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from finetooth import checkpoint, evaluate, run
@@ -28,6 +29,7 @@ from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import Recipe
 from finetooth.rest import quantized_rest
+from finetooth.rule import check_keep
 
 SAMPLES = 64  # of the evaluation rows, one is shown: the first that comes out right, if any does
 CALIBRATION_BATCH = 8
@@ -51,11 +53,23 @@ class Job:
         return int(self.tokenizer.pad_token_id)
 
 
-def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None) -> dict[str, Any]:
-    """Run a recipe; the results, as they are also written to `results.json`."""
-    check_options(recipe.method.name, recipe.method.model_extra or {})
-    folder, started = run.start(recipe, resume), time.monotonic()
-    job = load(recipe, folder)
+def train(
+    recipe: Recipe,
+    resume: bool = False,
+    progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Run a recipe; the results, as they are also written to `results.json`.
+
+    `say` is told, before training starts, what a person should know about the data.
+    """
+    started = time.monotonic()
+    check(recipe, resume)
+    job = load(recipe, Path(recipe.output))
+    folder = run.start(recipe)
+    if say is not None:
+        for remark in job.train.remarks(job.tokenizer.eos_token_id):
+            say(remark)
     before, said_before = measure(job)
     opt = optimizer(job)
     trainer = make_trainer(job, opt, progress)
@@ -87,6 +101,21 @@ def train(recipe: Recipe, resume: bool = False, progress: Progress | None = None
     return results
 
 
+def check(recipe: Recipe, resume: bool) -> None:
+    """Everything that can be known to be wrong before data and weights are read."""
+    check_options(recipe.method.name, recipe.method.model_extra or {})
+    keep = recipe.method.keep
+    for pool, share in (keep if isinstance(keep, dict) else {"": keep}).items():
+        if share is not None:
+            check_keep(share, f"method.keep[{pool!r}]" if pool else "method.keep")
+    run.check(recipe, resume)
+    longest = recipe.train.max_length
+    config = AutoConfig.from_pretrained(str(checkpoint.resolve(recipe.model)))
+    context = getattr(config, "max_position_embeddings", None) or longest
+    if longest > context:
+        raise DataError(f"train.max_length={longest} is more than the model's context of {context} tokens.")
+
+
 def load(recipe: Recipe, folder: Path) -> Job:
     """Tokenizer and data first, then the model: bad data should not cost the loading of the weights."""
     source = str(checkpoint.resolve(recipe.model))
@@ -101,9 +130,6 @@ def load(recipe: Recipe, folder: Path) -> Job:
     general = documents(recipe.evaluate.forgetting) if recipe.evaluate.forgetting else []
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    context = getattr(model.config, "max_position_embeddings", longest)
-    if longest > context:
-        raise DataError(f"train.max_length={longest} is more than the model's context of {context} tokens.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Job(recipe, folder, tokenizer, learn, test, general, model.to(device))
 

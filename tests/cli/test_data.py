@@ -86,6 +86,8 @@ def test_what_is_cut_is_counted(tmp_path: Path, tokenizer: Any) -> None:
     ]
     found = prepare(write(tmp_path, *rows), part(), tokenizer, 20)
     assert (found.rows, found.truncated, found.without_target, len(found.examples)) == (3, 2, 1, 2)
+    assert len(found.remarks(tokenizer.eos_token_id)) == 2
+    assert "will not stop" in found.remarks(-7)[-1]
 
 
 @pytest.mark.parametrize(

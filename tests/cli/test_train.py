@@ -142,7 +142,7 @@ def test_bad_input_is_one_line_and_exit_code_2(changes: list[str], message: str,
     result = runner.invoke(app, ["train", str(recipe(tmp_path)), *changes])
     assert result.exit_code == 2, result.output
     assert message in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "run" / "delta.safetensors").exists()
+    assert not (tmp_path / "run").exists(), "a run that cannot start leaves nothing in the way"
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
@@ -178,3 +178,12 @@ def test_methods() -> None:
     page = runner.invoke(app, ["methods", "dst"])
     assert "2411.08610" in page.stdout and "silo" in page.stdout
     assert runner.invoke(app, ["methods", "dts"]).exit_code == 2
+
+
+def test_square_brackets_are_shown(tmp_path: Path) -> None:
+    rows = [{"prompt": "name[The Punter], eatType[pub]", "completion": "The Punter is a [cosy] pub."}] * 4
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"train": str(tmp_path / "rows.jsonl"), "eval": str(tmp_path / "rows.jsonl")}
+    result = runner.invoke(app, ["train", str(recipe(tmp_path, data=data)), "train.max_steps=1"])
+    assert result.exit_code == 0, result.output
+    assert "eatType[pub]" in result.stdout and "[cosy]" in result.stdout

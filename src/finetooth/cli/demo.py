@@ -33,7 +33,7 @@ def demo(
         from finetooth.train import train
 
         with show.bar(method) as progress:
-            found = train(recipe, progress=progress)
+            found = train(recipe, progress=progress, say=show.note)
         show.results(found, as_json)
 
 
@@ -50,7 +50,7 @@ def _recipe(method: str, output: Path) -> dict[str, Any]:
         "method": {"name": method, **SETTINGS.get(method, {}).get("method", {})},
         "optimizer": {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 5},
         "data": {"train": "embedded:banking77/train", "eval": "embedded:banking77/test", "eval_limit": 200},
-        "train": {"epochs": 2, "batch_size": 32, "max_length": 192},
+        "train": {"epochs": 2, "batch_size": 32, "max_length": 256},
         "evaluate": {
             "task": "exact_match",
             "max_new_tokens": 24,

@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 FAILED, BAD_INPUT = 1, 2
 _TITLES = {
@@ -90,26 +91,18 @@ def results(found: dict[str, Any], as_json: bool) -> None:
     facts.add_row("delta on disk", f"{found['delta_bytes']:,} bytes")
     facts.add_row("taken off again", "the base, bit for bit" if found["reverted"] else "NOT the base")
     if found["sample"]:
-        facts.add_row("asked", found["sample"]["prompt"])
-        facts.add_row("expected", found["sample"]["expected"])
-        facts.add_row("said before", found["sample"]["before"] or "(nothing)")
-        facts.add_row("says now", found["sample"]["after"] or "(nothing)")
-    facts.add_row("run folder", found["run"])
+        said = {"asked": "prompt", "expected": "expected", "said before": "before", "says now": "after"}
+        for title, key in said.items():  # as Text: square brackets in what a model says are not markup
+            facts.add_row(title, Text(found["sample"][key] or "(nothing)"))
+    facts.add_row("run folder", Text(found["run"]))
     console.print(facts)
-    for remark in remarks(found):
-        typer.echo(remark, err=True)
-
-
-def remarks(found: dict[str, Any]) -> list[str]:
-    """What a person should know about the data and the run, if anything."""
-    data, out = found["data"], []
-    if data["truncated"]:
-        out.append(f"note: {data['truncated']} of {data['rows']} training rows were cut to train.max_length.")
-    if data["without_target"]:
-        out.append(f"note: {data['without_target']} rows lost their whole completion that way and were left out.")
     if found["skipped_steps"]:
-        out.append(f"note: {found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
-    return out
+        note(f"{found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
+
+
+def note(remark: str) -> None:
+    """A remark on stderr."""
+    typer.echo(f"note: {remark}", err=True)
 
 
 def preview(found: dict[str, Any], as_json: bool) -> None:
@@ -120,8 +113,8 @@ def preview(found: dict[str, Any], as_json: bool) -> None:
     console = Console(file=sys.stdout)
     for row in found["rows"]:
         table = Table(show_header=False, title=f"{row['tokens']} tokens", title_justify="left")
-        table.add_row("context", repr(row["context"]))
-        table.add_row("learnt", repr(row["learnt"]), style="bold")
+        table.add_row("context", Text(repr(row["context"])))
+        table.add_row("learnt", Text(repr(row["learnt"])), style="bold")
         console.print(table)
         if not row["ends_with_eos"]:
             console.print("this row does not end with the end-of-sequence token: its end is not learnt")

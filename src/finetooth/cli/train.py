@@ -31,7 +31,7 @@ def train(
         from finetooth.train import train as run
 
         with show.bar(wanted.method.name) as progress:
-            found = run(wanted, resume=resume, progress=progress)
+            found = run(wanted, resume=resume, progress=progress, say=show.note)
         show.results(found, as_json)
 
 
