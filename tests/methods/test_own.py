@@ -128,3 +128,33 @@ def test_a_trainer_sees_an_ordinary_optimizer() -> None:
     schedule.step()
     assert opt.param_groups[0]["lr"] == 0.5
     assert Unit("column") != Unit()
+
+
+def test_parameters_that_a_batch_does_not_use() -> None:
+    """No gradient counts as a gradient of zero when choosing; nothing is written there."""
+    model = Toy()
+    model.unused = torch.nn.Module()
+    model.unused.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+    before = snapshot(model)
+    for row in ("grad", "gmt", "gmt-strict", "dst"):
+        opt = finetooth.build(row, model, keep=0.1, lr=1e-2)
+        list(train(model, opt, batches(2)))
+        opt.verify_frozen()
+        assert same(model.unused.layers[0].weight.data, before["unused.layers.0.weight"])
+    calibrated = finetooth.build("grad", model, keep=0.1, calibration=[{"input_ids": batches(1)[0]}])
+    assert len(calibrated.selections()["unused.layers.0.weight"]) == 2  # ties at zero fall to the first indices
+
+
+def test_float16_gradients_above_its_largest_norm() -> None:
+    model = Toy(torch.float16)
+    opt = finetooth.build("full", model, lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 30000.0)
+    opt.step()
+    assert opt.skipped == 0 and 65504 < opt.grad_norm < float("inf")
+
+
+def test_parameters_cannot_be_added_later() -> None:
+    opt = finetooth.build("full", Toy())
+    with pytest.raises(ValueError, match="build a new one"):
+        opt.add_param_group({"params": [("x", torch.nn.Parameter(torch.zeros(1)))]})
