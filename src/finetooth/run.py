@@ -79,10 +79,16 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
 def card(recipe: Recipe, results: dict[str, Any], paper: str) -> str:
     """The run's README: what this is, how it was made, what came out, how to use it."""
     before, after = results["before"], results["after"]
-    lines = "\n".join(f"| {name.replace('_', ' ')} | {before[name]:.4f} | {after[name]:.4f} |" for name in after)
+    lines = "\n".join(
+        f"| {name.replace('_', ' ')} | {_figure(before.get(name))} | {_figure(after[name])} |" for name in after
+    )
     base, name = results["base"], recipe.method.name
     return f"""---
 base_model: {base}

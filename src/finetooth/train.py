@@ -82,7 +82,7 @@ def train(
     results = {
         "method": recipe.method.name,
         "base": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
-        "before": {name: before.get(name, before.get("task_loss")) for name in after},
+        "before": before,
         "after": after,
         **summary(job, delta, folder),
         "reverted": reverts(job, delta),

@@ -50,7 +50,7 @@ def _recipe(method: str, output: Path) -> dict[str, Any]:
         "method": {"name": method, **SETTINGS.get(method, {}).get("method", {})},
         "optimizer": {"lr": 2e-3, "schedule": "cosine", "warmup_steps": 5},
         "data": {"train": "embedded:banking77/train", "eval": "embedded:banking77/test", "eval_limit": 200},
-        "train": {"epochs": 2, "batch_size": 32, "max_length": 256},
+        "train": {"epochs": 1.4, "batch_size": 32, "max_length": 256},
         "evaluate": {
             "task": "exact_match",
             "max_new_tokens": 24,

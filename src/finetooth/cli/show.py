@@ -84,7 +84,7 @@ def results(found: dict[str, Any], as_json: bool) -> None:
     for name in ("before", "after"):
         table.add_column(name, justify="right")
     for name, value in found["after"].items():
-        table.add_row(_TITLES.get(name, name.replace("_", " ")), f"{found['before'][name]:.3f}", f"{value:.3f}")
+        table.add_row(_TITLES.get(name, name.replace("_", " ")), figure(found["before"].get(name)), figure(value))
     console.print(table)
     facts = Table(show_header=False, box=None)
     facts.add_row("weights changed", f"{found['changed']:,} of {found['weights']:,} ({found['share']:.1%})")
@@ -98,6 +98,11 @@ def results(found: dict[str, Any], as_json: bool) -> None:
     console.print(facts)
     if found["skipped_steps"]:
         note(f"{found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
+
+
+def figure(value: float | None) -> str:
+    """Three decimals, or a dash for what was not measured."""
+    return "–" if value is None else f"{value:.3f}"
 
 
 def note(remark: str) -> None:
