@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ def raw(t: Tensor) -> memoryview:
     return flat.data
 
 
-class Base:
+class Base(ABC):
     """Named tensors. `tied` maps an alias to the name that holds the storage; `optional` are names that the
     other side of a comparison need not have (buffers). `id` and `revision` say where the weights came from."""
 
@@ -93,11 +94,13 @@ class Base:
     tied: Mapping[str, str] = {}
     optional: frozenset[str] = frozenset()
 
+    @abstractmethod
     def names(self) -> list[str]:
-        raise NotImplementedError
+        """The names of all tensors."""
 
+    @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        raise NotImplementedError
+        """One tensor, read when asked for."""
 
     def shape_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
         t = self.tensor(name)

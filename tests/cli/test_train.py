@@ -187,3 +187,26 @@ def test_square_brackets_are_shown(tmp_path: Path) -> None:
     result = runner.invoke(app, ["train", str(recipe(tmp_path, data=data)), "train.max_steps=1"])
     assert result.exit_code == 0, result.output
     assert "eatType[pub]" in result.stdout and "[cosy]" in result.stdout
+
+
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_chat_and_text_rows(kind: str, tmp_path: Path) -> None:
+    """A local model folder with a chat template; the loss is on the last answer, or on all of a text."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    from finetooth import embedded
+
+    shutil.copytree(embedded.path("stories260K"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    turns = [{"role": "user", "content": "Where is my card?"}, {"role": "assistant", "content": "On its way."}]
+    row = {"messages": turns} if kind == "messages" else {"text": "The card is on its way."}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    data = {"train": "rows.jsonl", "eval": "rows.jsonl"}
+    file = recipe(tmp_path, model="model", data=data, evaluate={"task": "loss", "max_new_tokens": 4})
+    found = call("train", file, "optimizer.lr=1.0e-2", "--json")
+    assert found["reverted"] is True and found["after"]["task_loss"] < found["before"]["task_loss"]
+    assert (found["sample"].get("expected") == "On its way.") is (kind == "messages")
