@@ -97,8 +97,7 @@ class SelectiveAdamW(NamedOptimizer):
         self._to_base, self._model, self._bad_in_a_row = decay_to == "base", model, 0
         self._noise: Noise | None = None
         self._parts: dict[str, Part] = survey(model) if model is not None else guess(given.items())
-        if rule is not None and rule.keep == 0:
-            raise ValueError("keep=0 selects nothing: nothing would train.")
+        self._check_choices()
         names = matching(rule.targets if rule else "all", {n: self._parts[n] for n in given})
         for name in names:
             check_parameter(name, given[name])
@@ -107,6 +106,21 @@ class SelectiveAdamW(NamedOptimizer):
         super().__init__([(n, given[n]) for n in names], others, base, rates)
         self.seed = seed
         self._start(stats or {})
+
+    def _check_choices(self) -> None:
+        """Choices that cannot work together are refused here, not ignored later."""
+        rule, kind = self.rule, self.rest.kind
+        if rule is not None and rule.keep == 0:
+            raise ValueError("keep=0 selects nothing: nothing would train.")
+        if kind == "reset" and not self._compact and not self._selects_update():
+            raise ValueError('rest=reset() needs mask="update" with dense state: a masked gradient moves every entry.')
+        if kind in ("noise", "quantized"):
+            if rule is None or not self._compact or self.when is not once:
+                raise ValueError(f"rest={kind}(...) needs a selection made once, with compact state.")
+            if rule.unit.kind != "column":
+                raise ValueError(f"rest={kind}(...) acts on the other columns of a matrix: the unit is {rule.unit}.")
+            if kind == "noise" and self._model is None:
+                raise ValueError("rest=noise(...) acts in the model's forward: give model=.")
 
     # -- building ---------------------------------------------------------------------------------
 
@@ -155,8 +169,7 @@ class SelectiveAdamW(NamedOptimizer):
         for name, p in self._parameters().items():
             p.requires_grad_(self._slots[name].chosen > 0)
         if self.rest.kind == "noise":
-            if self._model is None:
-                raise ValueError("rest=noise(...) acts in the model's forward: give model=.")
+            assert self._model is not None
             forwards = self._noise.forwards if self._noise else 0
             if self._noise:
                 self._noise.remove()

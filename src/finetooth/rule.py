@@ -71,6 +71,8 @@ class Rule:
     threshold: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.targets, str) and not callable(self.targets):
+            object.__setattr__(self, "targets", tuple(self.targets))  # an iterator would be empty the second time
         if isinstance(self.keep, int | float):
             check_keep(self.keep, "keep")
         elif isinstance(self.keep, Mapping):

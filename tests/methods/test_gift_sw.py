@@ -208,5 +208,5 @@ def test_without_calibration_it_says_what_to_give() -> None:
         finetooth.build("gift-sw", tiny("llama"))
     with pytest.raises(ValueError, match="no batches"):
         finetooth.build("gift-sw", tiny("llama"), calibration=[])
-    with pytest.raises(ValueError, match="chooses columns"):
+    with pytest.raises(ValueError, match="the unit is row"):
         finetooth.build("gift-sw", tiny("llama"), calibration=[ids()], unit="row")

@@ -5,6 +5,8 @@ import torch
 
 import finetooth
 from finetooth.anatomy import survey
+from finetooth.rest import noise, quantized, reset
+from finetooth.when import every
 from tests.laws.toy import own_score, same, snapshot
 
 from .models import FAMILIES, ids, step, tiny
@@ -110,6 +112,10 @@ def test_errors_name_the_choices() -> None:
         ({"method": "full", "keep": 0.5}, "no meaning"),
         ({"method": "grad", "lr": -1.0}, "out of range"),
         ({"method": "grad", "max_grad_norm": float("nan")}, "out of range"),
+        ({"method": "gift-sw", "when": every(2), "calibration": [ids()]}, "selection made once"),
+        ({"method": "random", "rest": noise(4)}, "the unit is element"),
+        ({"method": "gmt", "rest": reset()}, 'needs mask="update"'),
+        ({"method": "full", "rest": quantized(4)}, "selection made once"),
         ({"method": "gift-sw", "tau": 3.0, "calibration": [ids()]}, "choose inf, 2 or 1"),
     ):
         with pytest.raises(ValueError, match=message):
