@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetooth.assemble import build
     from finetooth.delta import Delta, DeltaError, WrongBase
+    from finetooth.guard import NonFiniteError
     from finetooth.methods import METHODS, Method
     from finetooth.named import FrozenMoved
-    from finetooth.optim import NonFiniteError, SelectiveAdamW
+    from finetooth.optim import SelectiveAdamW
     from finetooth.rule import Rule
     from finetooth.selection import Selection, select
     from finetooth.units import Unit
@@ -30,7 +31,7 @@ _HOMES = {
     "DeltaError": "delta",
     "FrozenMoved": "named",
     "Method": "methods",
-    "NonFiniteError": "optim",
+    "NonFiniteError": "guard",
     "Rule": "rule",
     "Selection": "selection",
     "SelectiveAdamW": "optim",

@@ -18,6 +18,9 @@ from torch import Tensor, nn
 
 from finetooth.rule import layer
 
+# Classes of 3-D experts that do not say themselves whether they are stored [expert, in, out].
+EXPERTS = {"Llama4TextExperts": True, "JetMoeParallelExperts": False, "DbrxExpertGLU": None}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -27,7 +30,7 @@ class Part:
     kind: str
     layer: str  # "model.layers.3", or "" outside the blocks
     place: str  # attention, ffn, norm, or "" outside the blocks
-    transposed: bool = False  # stored [in, out]
+    transposed: bool | None = False  # stored [in, out]; None where that cannot be told
 
 
 def survey(model: nn.Module) -> dict[str, Part]:
@@ -39,6 +42,15 @@ def survey(model: nn.Module) -> dict[str, Part]:
     }
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     return {name: _part(name, p, owners[name], classes) for name, p in model.named_parameters()}
+
+
+def tied(model: nn.Module | None) -> dict[str, str]:
+    """Second names of tied weights: {alias: the name in `named_parameters()`}."""
+    if model is None:
+        return {}
+    names = {id(p): name for name, p in model.named_parameters()}
+    pairs = ((alias, names[id(p)]) for alias, p in model.named_parameters(remove_duplicate=False))
+    return {alias: name for alias, name in pairs if alias != name}
 
 
 def guess(names: Iterable[tuple[str, Tensor]]) -> dict[str, Part]:
@@ -61,10 +73,12 @@ def _part(name: str, p: Tensor, owner: nn.Module, classes: Mapping[str, str]) ->
         kind = "embedding"
     elif isinstance(owner, nn.Linear) or class_name == "Conv1D":
         kind = "linear" if block else "head"
-    elif p.ndim == 3 and block:
+    elif p.ndim == 3 and block and not isinstance(owner, nn.modules.conv._ConvNd):
         kind = "expert"
-    transposed = class_name == "Conv1D" or (kind == "expert" and bool(getattr(owner, "is_transposed", False)))
-    return Part(name, kind, block, _place(name, class_name, classes), transposed and p.ndim >= 2)
+    transposed: bool | None = class_name == "Conv1D" and p.ndim >= 2
+    if kind == "expert":  # transformers notes it on most of its expert classes
+        transposed = getattr(owner, "is_transposed", EXPERTS.get(class_name))
+    return Part(name, kind, block, _place(name, class_name, classes), transposed)
 
 
 def _place(name: str, owner: str, classes: Mapping[str, str]) -> str:
@@ -87,7 +101,7 @@ TARGETS: dict[str, Callable[[Part], bool]] = {
 }
 
 
-def matching(targets: Targets, parts: Mapping[str, Part]) -> list[str]:
+def matching(targets: Targets, parts: Mapping[str, Part], aliases: Mapping[str, str] | None = None) -> list[str]:
     """The names of the parameters that take part; ValueError if a name or pattern meets none."""
     if callable(targets):
         found = [name for name in parts if targets(name)]
@@ -97,6 +111,11 @@ def matching(targets: Targets, parts: Mapping[str, Part]) -> list[str]:
         patterns = [targets] if isinstance(targets, str) else list(targets)
         for pattern in patterns:
             if not any(fnmatchcase(name, pattern) for name in parts):
+                for alias, name in (aliases or {}).items():
+                    if fnmatchcase(alias, pattern):
+                        raise ValueError(
+                            f"targets: {alias!r} is tied to {name!r}, one weight with two names: give {name!r}."
+                        )
                 raise ValueError(
                     f"targets: no parameter matches {pattern!r}. Give {', '.join(TARGETS)} or patterns such as "
                     f"'*.mlp.*'. There are {', '.join(list(parts)[:3])} …"

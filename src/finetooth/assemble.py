@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from finetooth.anatomy import Targets, matching, survey
+from finetooth.anatomy import Part, Targets, matching, survey
 from finetooth.base import open_base
+from finetooth.checks import check_choice, check_together
 from finetooth.methods import METHODS, Method
 from finetooth.optim import SelectiveAdamW
 from finetooth.probe import calibrate
-from finetooth.rule import POOLS, Rule
-from finetooth.units import Unit
+from finetooth.rule import Rule, by_model, by_tensor
+from finetooth.spelled import choice
+from finetooth.units import WHOLE, Unit
 from finetooth.weight import Score
 
 _RULE = ("unit", "pool", "score", "threshold")
@@ -53,7 +55,8 @@ def build(
             is extracted, and check that it is what the model was at the start. Default: for those rows, the folder
             that transformers loaded the model from.
         overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
-            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after.
+            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after. Choices may
+            be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model", score="snip".
 
     Raises ValueError naming what was given and the choices. The model's `requires_grad` flags are set: what does
     not train is False.
@@ -64,10 +67,10 @@ def build(
     {'0.weight': 4, '1.weight': 2}
     """
     row = _row(method)
-    _check_names(row, overrides)
+    _check_names(row, overrides, _OPTIMIZER)
     if gradients not in ("auto", "dense"):
         raise ValueError(f"gradients={gradients!r} is unknown: choose auto or dense.")
-    row, rule = _configured(row, model, keep, targets, overrides)
+    row, rule = _configured(row, survey(model), keep, targets, overrides)
     stats = None
     if row.calibration and (calibration is not None or row.calibration != ("grad",)):
         if calibration is None:
@@ -77,7 +80,7 @@ def build(
         parts = survey(model)
         wanted = matching(rule.targets if rule else "all", parts)
         stats = calibrate(model, calibration, {name: parts[name] for name in wanted}, row.calibration)
-    if base is None and (rule is None or row.state == "dense"):
+    if base is None and (rule is None or row.state == "dense" or row.rest.kind == "quantized"):
         base = loaded_from(model)
     return SelectiveAdamW(
         model.named_parameters(),
@@ -110,9 +113,22 @@ def loaded_from(model: nn.Module) -> str | None:
     return source if all(name in known for name, _ in model.named_parameters()) else None
 
 
-def check_options(method: str | Score | Method, options: Mapping[str, Any]) -> None:
-    """Raise ValueError for an unknown method, or an option that it does not have, before anything is loaded."""
-    _check_names(_row(method), options)
+def check_options(
+    method: str | Score | Method,
+    options: Mapping[str, Any],
+    keep: float | int | Mapping[str, float | int] | None = None,
+    targets: Targets | None = None,
+) -> None:
+    """Raise ValueError for an unknown method, option or value, and for choices that contradict each other.
+
+    It says before a model is loaded what `build` would say after.
+    """
+    row = _row(method)
+    _check_names(row, options, ())
+    row, rule = _configured(row, None, keep, targets, options)
+    check_choice("state", row.state)
+    check_choice("mask", row.mask)
+    check_together(rule, row.when, row.rest, row.state, row.mask)
 
 
 def _row(method: str | Score | Method) -> Method:
@@ -128,8 +144,8 @@ def _row(method: str | Score | Method) -> Method:
     return METHODS[method]
 
 
-def _check_names(row: Method, overrides: Mapping[str, Any]) -> None:
-    known = [*_RULE, *_ROW, *_OPTIMIZER, *row.options]
+def _check_names(row: Method, overrides: Mapping[str, Any], more: tuple[str, ...]) -> None:
+    known = [*_RULE, *_ROW, *more, *row.options]
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
@@ -138,50 +154,39 @@ def _check_names(row: Method, overrides: Mapping[str, Any]) -> None:
 
 
 def _configured(
-    row: Method, model: nn.Module, keep: Any, targets: Targets | None, overrides: Mapping[str, Any]
+    row: Method, parts: Mapping[str, Part] | None, keep: Any, targets: Targets | None, overrides: Mapping[str, Any]
 ) -> tuple[Method, Rule | None]:
-    """The row and its rule with everything the caller asked for."""
-    changes: dict[str, Any] = {}
-    if row.configure:
-        changes = row.configure(**{**row.options, **{k: v for k, v in overrides.items() if k in row.options}})
-    changes |= {k: v for k, v in overrides.items() if k in (*_RULE, *_ROW)}
-    row = replace(row, **{k: v for k, v in changes.items() if k in (*_ROW, "calibration")})
+    """The row and its rule with everything the caller asked for; pools that need the model's parts wait for them."""
+    asked = {k: choice(k, v) for k, v in overrides.items() if k in (*_RULE, *_ROW)}
     if row.rule is None:
-        for name, given in (("keep", keep), *((k, overrides.get(k)) for k in _RULE)):
+        for name, given in {"keep": keep, **asked}.items():
             if given not in (None, 1.0):
                 raise ValueError(
                     f"{name}={given!r} has no meaning for {row.name!r}, which trains every weight that takes part."
                 )
-        rule = None if targets is None else Rule(_everything, Unit("matrix"), keep=1.0, targets=targets)
-        return row, rule
+        return row, None if targets is None else Rule(_everything, Unit("matrix"), keep=1.0, targets=targets)
+    changes = {**_own_options(row, overrides), **asked}
     rule = row.rule
-    if row.pools is not None:
-        rule = replace(rule, pool=row.pools(survey(model)))
-    fields = {k: v for k, v in changes.items() if k in _RULE} | {
-        k: v for k, v in (("keep", keep), ("targets", targets)) if v is not None
-    }
-    fields |= {"unit": _unit(fields["unit"])} if "unit" in fields else {}
-    fields |= {"pool": _pool(fields["pool"])} if "pool" in fields else {}
+    if row.pools is not None and parts is not None:
+        rule = replace(rule, pool=row.pools(parts))
+    fields = {k: v for k, v in changes.items() if k in _RULE}
+    fields |= {k: v for k, v in (("keep", keep), ("targets", targets)) if v is not None}
+    if "unit" in asked and asked["unit"].kind in WHOLE and rule.pool is by_tensor:
+        fields = {"pool": by_model, **fields}  # a budget of whole tensors means nothing in a single one
+    row = replace(row, **{k: v for k, v in changes.items() if k in (*_ROW, "calibration")})
     return row, replace(rule, **fields)
+
+
+def _own_options(row: Method, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """What the row's own options change of it."""
+    if row.configure is None:
+        return {}
+    own = {**row.options, **{k: v for k, v in overrides.items() if k in row.options}}
+    try:
+        return row.configure(**own)
+    except TypeError as error:
+        raise ValueError(f"the options of {row.name!r} are {own}: {error}.") from error
 
 
 def _everything(w: Any) -> Tensor:
     return w.value.new_ones(1)  # type: ignore[no-any-return]
-
-
-def _unit(given: Unit | str) -> Unit:
-    """A unit, or its name: "column", "block(32)"."""
-    if isinstance(given, Unit):
-        return given
-    kind, _, size = given.removesuffix(")").partition("(")
-    return Unit(kind, int(size) if size.isdigit() else 1)
-
-
-def _pool(given: str | Callable[[str], str]) -> Callable[[str], str]:
-    if callable(given):
-        return given
-    if given not in POOLS:
-        raise ValueError(
-            f"pool={given!r} is unknown: choose one of {', '.join(POOLS)}, or give a function of the name."
-        )
-    return POOLS[given]

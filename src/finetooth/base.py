@@ -94,6 +94,9 @@ class Base(ABC):
     tied: Mapping[str, str] = {}
     optional: frozenset[str] = frozenset()
 
+    def __str__(self) -> str:
+        return repr(self.id) if self.id else "the given tensors"
+
     @abstractmethod
     def names(self) -> list[str]:
         """The names of all tensors."""
@@ -143,8 +146,8 @@ class Trained(Base):
         found = self.optimizer.base_tensor(name)
         if found is None:
             raise ValueError(
-                f"the optimizer does not know the pretrained values of '{name}' (every entry of it trains, or it "
-                "was built after training began): give base= as a folder, a hub id or a state dict."
+                f"the optimizer does not know the pretrained values of '{name}' (every entry of it trains, "
+                "or rest=quantized rewrote them): give base= as a folder, a hub id or a state dict."
             )
         return _plain(name, found.detach())
 

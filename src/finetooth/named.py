@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetooth import shards
-from finetooth.base import fingerprint, open_base
+from finetooth.base import Base, Held, bits, fingerprint, open_base
 from finetooth.selection import Selection
 from finetooth.slot import Slot
 
@@ -34,7 +33,8 @@ class NamedOptimizer(torch.optim.Optimizer):
     ) -> None:
         named = list(named)
         self.seed, self.steps, self.skipped = 0, 0, 0
-        self._base, self._others = base, others
+        self._base: Base | None = None if base is None else open_base(base)
+        self._others = others
         self._slots = {name: Slot(name) for name, _ in named}
         self._prints: dict[str, str] = {}
         self._origins: dict[str, str] = {}
@@ -60,8 +60,11 @@ class NamedOptimizer(torch.optim.Optimizer):
         return sum(held.values())
 
     @torch.no_grad()
-    def verify_frozen(self) -> None:
-        """Raise `FrozenMoved`, naming the first tensor, if a weight that must not move has moved."""
+    def verify_frozen(self) -> int:
+        """Raise `FrozenMoved`, naming the first tensor, if a weight that must not move has moved.
+
+        Returns how many tensors were checked: none where every weight may move, as in `full` and `gmt`.
+        """
         for name, expected in self._prints.items():
             p = self._parameter(name)
             slot = self._slots.get(name)
@@ -71,6 +74,7 @@ class NamedOptimizer(torch.optim.Optimizer):
                 raise FrozenMoved(
                     f"{name!r} has moved{inside}: fingerprint {found[:19]}, before training {expected[:19]}."
                 )
+        return len(self._prints)
 
     @torch.no_grad()
     def base_tensor(self, name: str) -> Tensor | None:
@@ -78,16 +82,19 @@ class NamedOptimizer(torch.optim.Optimizer):
 
         Raises ValueError if `base` holds other values than the model had when the optimizer was built.
         """
-        slot, p = self._slots.get(name), self._parameter(name)
-        known = slot is None or slot.replaced is not None or name in self._prints
-        if known and not (self._rewrote_base and slot is not None):
-            return p.detach() if slot is None else slot.original(p.detach())
-        if self._base is None:
-            return None
-        found = open_base(self._base).tensor(name).to(p.dtype)
-        if name in self._origins and fingerprint(found) != self._origins[name]:
-            raise ValueError(f"base={self._base!r} is not what the model was when training began: {name!r} differs.")
+        found = self._pretrained(name)
+        if found is not None and name in self._origins and fingerprint(found) != self._origins[name]:
+            raise ValueError(f"base={self._base} is not what the model was when training began: {name!r} differs.")
         return found
+
+    def _pretrained(self, name: str) -> Tensor | None:
+        """The same without the check: `_take_prints` has made it."""
+        slot, p = self._slots.get(name), self._parameter(name).detach()
+        if slot is None:
+            return p
+        if (slot.replaced is not None or name in self._prints or not self.steps) and not self._rewrote_base:
+            return slot.original(p)
+        return None if self._base is None else self._base.tensor(name).to(p)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: a rule's budget and the frozen rest are settled when the optimizer is built."""
@@ -111,15 +118,52 @@ class NamedOptimizer(torch.optim.Optimizer):
         """Whether the base values of what trains in this slot are held, or will be."""
         return slot.replaced is not None
 
+    def _never_trains(self, slot: Slot) -> bool:
+        """Whether nothing in this slot is chosen, now and later."""
+        return slot.selection is not None and not len(slot.selection)
+
+    def _rebuilds(self, slot: Slot) -> bool:
+        """Whether the base tensor of this slot can be had from the weight and what is held, at every step."""
+        return not self._rewrote_base and (self._remembers(slot) or self._never_trains(slot))
+
+    def _take_origins(self) -> None:
+        """What cannot be rebuilt must be in `base` as it is now, or no delta could be taken at the end."""
+        if self._base is None:
+            return
+        for name, p in self._parameters().items():
+            if not self._rebuilds(self._slots[name]):
+                self._origins[name] = self._checked_base(name, p)
+
     def _take_prints(self) -> None:
         """Fingerprint every tensor with weights that must not move: what takes no part, and what can be rebuilt."""
         self._prints = {name: fingerprint(p) for name, p in self._others.items()}
         for name, p in self._parameters().items():
             slot = self._slots[name]
-            if self._remembers(slot) or (slot.selection is not None and not len(slot.selection)):
+            if self._remembers(slot) or self._never_trains(slot):
                 self._prints[name] = fingerprint(slot.original(p))
-            elif self._base is not None:
-                self._origins[name] = fingerprint(p)
+
+    def _checked_base(self, name: str, p: Tensor) -> str:
+        """The fingerprint of a tensor of `base`; ValueError unless it is the parameter as it is before training."""
+        assert self._base is not None
+        try:
+            found = self._base.tensor(name)
+        except KeyError:
+            raise ValueError(f"base={self._base} has no {name!r}: give the values that training starts from.") from None
+        if isinstance(self._base, Held) and found.data_ptr() == p.data_ptr():
+            raise ValueError(
+                f"base= shares its memory with the model ({name!r}): give clones, which do not train along."
+            )
+        found = found.to(p)
+        if found.shape != p.shape or not torch.equal(bits(found), bits(p.detach())):
+            raise ValueError(
+                f"base={self._base} is not what training starts from: {name!r} differs. If the model was changed after it was "
+                "loaded, give base= as a copy of its state dict."
+            )
+        return fingerprint(found)
+
+    def _choices(self) -> dict[str, Any]:
+        """What the meaning of the slots depends on, in words."""
+        return {}
 
     def _extra_state(self) -> dict[str, Any]:
         return {}
@@ -136,6 +180,7 @@ class NamedOptimizer(torch.optim.Optimizer):
             "steps": self.steps,
             "skipped": self.skipped,
             "seed": self.seed,
+            "choices": self._choices(),
             "origins": dict(self._origins),
             "prints": dict(self._prints),
             "slots": {name: slot.state() for name, slot in self._slots.items()},
@@ -144,7 +189,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; ValueError if it is of other parameters."""
+        """Restore what `state_dict` gave; ValueError if it is of other parameters, or of another method."""
         selective = state_dict.get("selective")
         if selective is None:
             raise ValueError("this state has no 'selective' part: it was not saved by a Finetooth optimizer.")
@@ -152,40 +197,17 @@ class NamedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"the state is of other parameters: {odd[0]!r} is on one side only ({len(odd)} such names)."
             )
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        mine, saved = self._choices(), selective["choices"]
+        if other := [f"{k}={saved.get(k)!r} (here {v!r})" for k, v in mine.items() if saved.get(k) != v]:
+            raise ValueError(f"the state is of another method: {', '.join(other)}.")
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(f"the state has {len(groups)} parameter groups, this optimizer {len(self.param_groups)}.")
+        for group, own in zip(groups, self.param_groups, strict=True):
+            group["param_names"] = own["param_names"]  # by name, whatever order they were saved in
+        super().load_state_dict({"state": {}, "param_groups": groups})
         parameters = self._parameters()
         self.steps, self.skipped, self.seed = selective["steps"], selective["skipped"], selective["seed"]
         self._slots = {n: Slot.restore(n, s, parameters[n].device) for n, s in selective["slots"].items()}
         self._origins, self._prints = dict(selective["origins"]), dict(selective["prints"])
         self._load_extra_state(selective["extra"])
-
-
-def check_rates(**given: Any) -> None:
-    """Raise ValueError for a learning rate, betas, eps, decay or norm out of range."""
-    lr, betas, norm = given["lr"], given["betas"], given["max_grad_norm"]
-    if not lr >= 0:
-        raise ValueError(f"lr={lr} is out of range: give a number >= 0.")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas={betas} are out of range: give two numbers in [0, 1).")
-    for name in ("eps", "weight_decay"):
-        if not given[name] >= 0:
-            raise ValueError(f"{name}={given[name]} is out of range: give a number >= 0.")
-    if norm is not None and not norm >= 0:
-        raise ValueError(f"max_grad_norm={norm} is out of range: give a number > 0, or None for no clipping.")
-
-
-def check_choice(name: str, given: str, choices: tuple[str, ...]) -> None:
-    """Raise ValueError unless `given` is one of the choices."""
-    if given not in choices:
-        raise ValueError(f"{name}={given!r} is unknown: choose one of {', '.join(choices)}.")
-
-
-def check_parameter(name: str, p: Tensor) -> None:
-    """Raise ValueError for a parameter that cannot be trained selectively."""
-    shards.refuse_sharded(name, p)
-    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"{name!r} is {p.dtype}: weights that train are float32, bfloat16 or float16.")
-    if not p.is_contiguous():
-        raise ValueError(
-            f"{name!r} is not contiguous: its entries are selected in storage order. Call .contiguous() on it."
-        )

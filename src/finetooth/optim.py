@@ -19,16 +19,19 @@ Not covered: sharded parameters, sparse gradients, closures that are called more
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from finetooth.anatomy import Part, guess, matching, survey
+from finetooth.anatomy import Part, guess, matching, survey, tied
+from finetooth.checks import check_choice, check_named, check_parameter, check_parts, check_rates, check_together
+from finetooth.guard import Guard
 from finetooth.kernels import reference
-from finetooth.named import NamedOptimizer, check_choice, check_parameter, check_rates
-from finetooth.rest import Noise, Rest, frozen, quantize_
+from finetooth.named import NamedOptimizer
+from finetooth.rest import Noise, Rest, frozen, quantize_, remove_noise
 from finetooth.rule import Rule
 from finetooth.selection import Selection, select, select_pools
 from finetooth.slot import Slot
@@ -38,10 +41,6 @@ from finetooth.when import When, once
 
 State = Literal["compact", "dense"]
 Mask = Literal["gradient", "update"]
-
-
-class NonFiniteError(RuntimeError):
-    """Too many steps in a row had a gradient that is not finite."""
 
 
 class SelectiveAdamW(NamedOptimizer):
@@ -55,7 +54,7 @@ class SelectiveAdamW(NamedOptimizer):
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`; decay acts on selected entries only.
         decay_to: "zero", or "base" to pull towards the pretrained values.
         max_grad_norm: clip to this norm inside the step; None or 0 does not clip.
-        stop_after: raise `NonFiniteError` after so many non-finite gradients in a row; such a step writes nothing.
+        stop_after: raise `NonFiniteError` after so many non-finite gradients in a row (RuntimeError: steps without any); such a step writes nothing.
         model: needed for `noise`, and to know layers by their class; without it names and shapes must do.
         stats: calibration statistics by parameter name (`probe.calibrate`).
         base: where the pretrained values can be read, so that no copy of whole matrices is kept.
@@ -85,20 +84,20 @@ class SelectiveAdamW(NamedOptimizer):
         stats: Mapping[str, Mapping[str, Tensor]] | None = None,
         base: Any = None,
     ) -> None:
-        given = dict(named_parameters)
+        given = check_named(named_parameters)
         check_rates(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-        check_choice("state", state, ("compact", "dense"))
-        check_choice("mask", mask, ("gradient", "update"))
-        check_choice("rounding", rounding, ("auto", "stochastic", "nearest"))
-        check_choice("decay_to", decay_to, ("zero", "base"))
+        for word, value in (("state", state), ("mask", mask), ("rounding", rounding), ("decay_to", decay_to)):
+            check_choice(word, value)
+        check_together(rule, when, rest or frozen(), state, mask)
         self.rule, self.when, self.rest = rule, when, rest or frozen()
-        self.max_grad_norm, self.stop_after, self.grad_norm = max_grad_norm or 0.0, stop_after, 0.0
+        self._guard = Guard(max_grad_norm or 0.0, stop_after)
         self._compact, self._mask, self._rounding = state == "compact" and rule is not None, mask, rounding
-        self._to_base, self._model, self._bad_in_a_row = decay_to == "base", model, 0
+        self._masters = rounding == "auto"  # of compact state; the other two round the weight itself
+        self._to_base, self._model = decay_to == "base", model
         self._noise: Noise | None = None
         self._parts: dict[str, Part] = survey(model) if model is not None else guess(given.items())
-        self._check_choices()
-        names = matching(rule.targets if rule else "all", {n: self._parts[n] for n in given})
+        names = matching(rule.targets if rule else "all", {n: self._parts[n] for n in given}, tied(model))
+        check_parts(rule, self.rest, [self._parts[n] for n in names], model is not None)
         for name in names:
             check_parameter(name, given[name])
         others = {name: p for name, p in given.items() if name not in set(names)}
@@ -107,25 +106,12 @@ class SelectiveAdamW(NamedOptimizer):
         self.seed = seed
         self._start(stats or {})
 
-    def _check_choices(self) -> None:
-        """Choices that cannot work together are refused here, not ignored later."""
-        rule, kind = self.rule, self.rest.kind
-        if rule is not None and rule.keep == 0:
-            raise ValueError("keep=0 selects nothing: nothing would train.")
-        if kind == "reset" and not self._compact and not self._selects_update():
-            raise ValueError('rest=reset() needs mask="update" with dense state: a masked gradient moves every entry.')
-        if kind in ("noise", "quantized"):
-            if rule is None or not self._compact or self.when is not once:
-                raise ValueError(f"rest={kind}(...) needs a selection made once, with compact state.")
-            if rule.unit.kind != "column":
-                raise ValueError(f"rest={kind}(...) acts on the other columns of a matrix: the unit is {rule.unit}.")
-            if kind == "noise" and self._model is None:
-                raise ValueError("rest=noise(...) acts in the model's forward: give model=.")
-
     # -- building ---------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self._model is not None:
+            remove_noise(self._model)  # of an earlier optimizer
         for p in self._others.values():
             p.requires_grad_(False)
         for p in self._parameters().values():
@@ -136,19 +122,28 @@ class SelectiveAdamW(NamedOptimizer):
             except Unavailable:  # a score of gradients: the first step's will do, unless calibration was given
                 if stats or self.rest.kind in ("noise", "quantized"):
                     raise
-        if self.rest.kind == "quantized":
-            self._rewrote_base = True
-            for name, selection in self.selections().items():
-                quantize_(self._parameter(name), selection, self.rest.bits)
         if self.rule is None:
             for name, p in self._parameters().items():
                 self._slots[name].selection = Selection.whole(tuple(p.shape), p.device)
+        self._rewrote_base = self.rest.kind == "quantized"
+        self._take_origins()
+        if self._rewrote_base:
+            for name, selection in self.selections().items():
+                quantize_(self._parameter(name), selection, self.rest.bits)
         self._take_prints()
+        if self._to_base and not self._knows_bases():
+            raise ValueError('decay_to="base" needs the pretrained values of what trains: give base=.')
 
     def _remembers(self, slot: Slot) -> bool:
         if self.rest.kind == "reset" or not self._compact or self.rule is None:
             return self.rest.kind == "reset"
         return self._base is None or self.rule.unit.kind not in WHOLE or self._to_base
+
+    def _never_trains(self, slot: Slot) -> bool:
+        return self.when is once and super()._never_trains(slot)
+
+    def _knows_bases(self) -> bool:
+        return self._base is not None or all(self._remembers(slot) for slot in self._slots.values())
 
     def _select_compact(self, grads: Mapping[str, Tensor | None], stats: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Select, and let the state follow; the first selection also settles what will never train."""
@@ -159,7 +154,7 @@ class SelectiveAdamW(NamedOptimizer):
             raise ValueError(f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.")
         for name, selection in found.items():
             slot = self._slots[name]
-            slot.follow(selection, live[name], self.rest.kind == "reset", self._remembers(slot))
+            slot.follow(selection, live[name], self.rest.kind == "reset", self._remembers(slot), self._masters)
         self._settle()
 
     def _settle(self) -> None:
@@ -171,11 +166,10 @@ class SelectiveAdamW(NamedOptimizer):
         if self.rest.kind == "noise":
             assert self._model is not None
             forwards = self._noise.forwards if self._noise else 0
-            if self._noise:
-                self._noise.remove()
             columns = {n: s for n, s in self.selections().items() if len(s) < s.unit.count(s.shape)}
             self._noise = Noise(self._model, columns, self.rest.bits, self.seed)
             self._noise.forwards = forwards
+            weakref.finalize(self, self._noise.remove)
 
     # -- the step ---------------------------------------------------------------------------------
 
@@ -187,8 +181,13 @@ class SelectiveAdamW(NamedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         live = {n: p for n, p in self._parameters().items() if p.grad is not None}
-        if not live or not self._finite(live):
+        grads = {n: p.grad for n, p in live.items() if p.grad is not None}
+        if not self._guard.some(grads, next(iter(self._slots))):
             return loss
+        self.skipped += 1  # until it is known to be used; so it stays if the guard raises
+        if not self._guard.passes(grads):
+            return loss
+        self.skipped -= 1
         update = (
             self._step_compact
             if self._compact
@@ -196,26 +195,17 @@ class SelectiveAdamW(NamedOptimizer):
             if self._selects_update()
             else self._step_gradient
         )
-        update(live, {n: p.grad for n, p in live.items() if p.grad is not None})
+        update(live, grads)
         self.steps += 1
         return loss
 
+    @property
+    def grad_norm(self) -> float:
+        """The norm, before clipping, of the gradients that the last step used."""
+        return self._guard.norm
+
     def _selects_update(self) -> bool:
         return self._mask == "update" and self.rule is not None
-
-    def _finite(self, live: Mapping[str, Tensor]) -> bool:
-        if torch.isfinite(_norm(p.grad for p in live.values() if p.grad is not None)):
-            self._bad_in_a_row = 0
-            return True
-        self.skipped += 1
-        self._bad_in_a_row += 1
-        if self._bad_in_a_row >= self.stop_after:
-            bad = next((n for n, p in live.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
-            raise NonFiniteError(
-                f"{self._bad_in_a_row} gradients in a row were not finite; the first bad tensor is {bad!r}. "
-                "No weight was written in these steps. Lower the learning rate or look at the data."
-            )
-        return False
 
     def _step_compact(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
         if self.when(self.steps) and not (self.steps == 0 and self._selected()):
@@ -225,9 +215,11 @@ class SelectiveAdamW(NamedOptimizer):
                 self._take_prints()
         chosen = {n: s for n in live if (s := self._slots[n].selection) is not None and len(s)}
         gathered = {n: s.gather(grads[n]).float() for n, s in chosen.items()}
-        scale, rates = self._clip(gathered), self._rates()
+        scale, rates = self._guard.clip(gathered), self._rates()
         for name, g in gathered.items():
-            self._slots[name].update(live[name], scale(g), rates[name], self._to_base)
+            self._slots[name].update(
+                live[name], scale(g), rates[name], self._target(name), self._rounder(name, live[name])
+            )
 
     def _step_gradient(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
         if self.rule is not None and self.when(self.steps):
@@ -237,7 +229,7 @@ class SelectiveAdamW(NamedOptimizer):
         for name, g in grads.items():  # between two selections the last one holds; before the first, none does
             if self.rule is not None and (held := self._slots[name].selection) is not None:
                 g.masked_fill_(~held.mask(), 0.0)
-        scale, rates = self._clip(grads), self._rates()
+        scale, rates = self._guard.clip(grads), self._rates()
         for name, p in live.items():
             x = p.detach() if p.dtype == torch.float32 else p.detach().float()
             self._slots[name].update_dense(x, scale(grads[name]), rates[name], self._target(name))
@@ -247,7 +239,7 @@ class SelectiveAdamW(NamedOptimizer):
     def _step_update(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
         """Dense moments, chosen entries written; pool by pool, so that one pool's proposals are alive."""
         assert self.rule is not None
-        scale, rates, proposals = self._clip(grads), self._rates(), dict[str, Tensor]()
+        scale, rates, proposals = self._guard.clip(grads), self._rates(), dict[str, Tensor]()
 
         def propose(name: str) -> Tensor:
             if name not in proposals:
@@ -274,14 +266,6 @@ class SelectiveAdamW(NamedOptimizer):
 
     # -- parts of a step ----------------------------------------------------------------------------
 
-    def _clip(self, grads: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        """Measure the norm of the gradients in use; the function that brings one to float32 and scales it."""
-        total = _norm(grads.values())
-        self.grad_norm = float(total)
-        factor = (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)  # the 1e-6 of torch's clip_grad_norm_
-        clips = bool(self.max_grad_norm) and float(factor) < 1.0
-        return lambda g: g.float().mul_(factor) if clips else g.float()
-
     def _selected(self) -> bool:
         return any(slot.chosen for slot in self._slots.values())
 
@@ -289,13 +273,18 @@ class SelectiveAdamW(NamedOptimizer):
         """Where weight decay pulls to: None for zero."""
         if not self._to_base:
             return None
-        base = self.base_tensor(name)
-        if base is None:
-            raise ValueError(f"decay_to='base' needs the pretrained value of {name!r}: give base=.")
-        return base.to(self._parameter(name).device, torch.float32)
+        base = self._pretrained(name)
+        assert base is not None  # _start has asked
+        return base.float()
+
+    def _rounder(self, name: str, p: Tensor) -> Callable[[Tensor], Tensor]:
+        """How float32 values of a compact slot become the weight's: a master is rounded to nearest."""
+        if self._rounding == "stochastic":
+            return lambda x: self._rounded(name, x, p.dtype)
+        return lambda x: x.to(p.dtype)
 
     def _rounded(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if self._rounding == "nearest":
+        if self._rounding == "nearest" or dtype == torch.float32:
             return x.to(dtype)
         out = torch.empty_like(x, dtype=dtype)
         reference.round_stochastic(x, dtype, reference.key(self.seed, "round", name, self.steps), out)
@@ -309,7 +298,7 @@ class SelectiveAdamW(NamedOptimizer):
         stats: Mapping[str, Tensor] | None = None,
         proposed: Callable[[str], Tensor] | None = None,
     ) -> Weight:
-        part, slot = self._parts[name], self._slots[name]
+        part = self._parts[name]
         assert self.rule is not None
 
         def turn(x: Tensor) -> Tensor:
@@ -319,14 +308,30 @@ class SelectiveAdamW(NamedOptimizer):
             name,
             turn(p.detach()),
             grad=None if grad is None else turn(grad),
-            base=lambda: turn(slot.original(p.detach())),
+            base=lambda: turn(self._known(name)),
             proposed=None if proposed is None else lambda: turn(proposed(name)),
             stats=stats,
             seed=self.seed,
             step=self.steps,
             unit=self.rule.unit,
-            transposed=part.transposed,
+            transposed=bool(part.transposed),
         )
+
+    def _known(self, name: str) -> Tensor:
+        base = self._pretrained(name)
+        if base is None:
+            raise Unavailable(f"the score reads w.base, and the pretrained value of {name!r} is not held: give base=.")
+        return base
+
+    def _choices(self) -> dict[str, Any]:
+        rule, rest = self.rule, self.rest
+        return {
+            "unit": "all" if rule is None else str(rule.unit),
+            "state": "compact" if self._compact else "dense",
+            "mask": self._mask,
+            "rest": f"{rest.kind}({rest.bits}, {rest.zero_moments})",
+            "rounding": self._rounding,
+        }
 
     def _extra_state(self) -> dict[str, Any]:
         return {"forwards": self._noise.forwards if self._noise else 0}
@@ -336,9 +341,3 @@ class SelectiveAdamW(NamedOptimizer):
             self._settle()
         if self._noise:
             self._noise.forwards = extra["forwards"]
-
-
-def _norm(grads: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, in float32: float16's own would overflow at 65504."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

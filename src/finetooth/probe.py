@@ -125,6 +125,10 @@ class _Inputs:
             x = args[0].detach()
             if self.mask is not None and x.shape[:2] == self.mask.shape:
                 x = x[self.mask.bool()]
+            elif (
+                self.mask is not None and x.ndim == 2 and len(x) == self.mask.numel()
+            ):  # as blocks of experts flatten it
+                x = x[self.mask.bool().flatten()]
             x = x.reshape(-1, x.shape[-1]).float()
             for norm in self._norms:
                 _add(self._stats[name], f"input_norm_{norm}", x.abs(), norm)

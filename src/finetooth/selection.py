@@ -102,7 +102,8 @@ def select_pools(rule: Rule, weights: Iterable[Weight]) -> Iterator[dict[str, Se
     if not pools:
         return
     seed = next(iter(pools.values()))[0].seed
-    budgets = rule.budgets({pool: _units(rule, members) for pool, members in pools.items()}, seed)
+    units = {pool: _units(rule, members) for pool, members in pools.items()}
+    budgets = rule.budgets(units, seed)
     choose = _choose_groups if rule.unit.kind in WHOLE else _choose_units
     for pool in list(pools):
         yield choose(rule, pools.pop(pool), budgets[pool])

@@ -10,6 +10,7 @@ of it along, new ones start at zero with the weight's present value, units that 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +46,11 @@ class Slot:
             self.exp_avg = torch.zeros_like(p, dtype=torch.float32)
             self.exp_avg_sq = torch.zeros_like(p, dtype=torch.float32)
 
-    def migrate(self, new: Selection, p: Tensor) -> None:
-        """Take over a new selection (compact slots)."""
+    def migrate(self, new: Selection, p: Tensor, masters: bool = True) -> None:
+        """Take over a new selection (compact slots); masters: hold float32 copies of weights of less."""
         old, shape = self.selection, (len(new), new.unit.numel(new.shape))
         m, v = torch.zeros(shape, device=p.device), torch.zeros(shape, device=p.device)
-        master = None if p.dtype == torch.float32 else new.gather(p).float()
+        master = new.gather(p).float() if masters and p.dtype != torch.float32 else None
         if old is not None and len(old) and len(new):
             here, there = _shared(old.index, new.index)
             assert self.exp_avg is not None and self.exp_avg_sq is not None
@@ -68,15 +69,17 @@ class Slot:
         ages[there] = self.age[here] if isinstance(self.age, Tensor) else self.age
         return ages
 
-    def update(self, p: Tensor, g: Tensor, rate: dict[str, Any], decay_to_base: bool) -> None:
+    def update(
+        self, p: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None, rounded: Callable[[Tensor], Tensor]
+    ) -> None:
         """One AdamW step of the chosen units (compact): g is `[k, u]` float32; p is written in place."""
         selection = self.selection
         assert selection is not None and self.exp_avg is not None and self.exp_avg_sq is not None
         self.age = self.age + 1
-        values = selection.gather(p) if self.master is None else self.master
-        target = selection.gather(self.original(p)).float() if decay_to_base else None
+        values = selection.gather(p).float() if self.master is None else self.master
+        target = None if base is None else selection.gather(base)
         reference.adamw_(values, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=target, **rate)
-        selection.scatter_(p, values.to(p.dtype))
+        selection.scatter_(p, rounded(values))
 
     def update_dense(self, x: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None) -> None:
         """One AdamW step of the whole tensor x (float32), in place."""
@@ -85,17 +88,17 @@ class Slot:
         self.age = self.age + 1
         reference.adamw_(x, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=base, **rate)
 
-    def follow(self, new: Selection, p: Tensor, reset: bool, remember: bool) -> None:
+    def follow(self, new: Selection, p: Tensor, reset: bool, remember: bool, masters: bool) -> None:
         """Take over a new selection (compact): what left goes back to the base under reset; hold what is replaced."""
         if reset and self.replaced is not None:
             base = self.original(p)
-            self.migrate(new, p)
+            self.migrate(new, p, masters)
             staying = new.gather(p)
             self.replaced = Replaced(new.unit, new.shape, new.index, new.gather(base))
             p.copy_(base)
             new.scatter_(p, staying)
             return
-        self.migrate(new, p)
+        self.migrate(new, p, masters)
         if remember:
             self.replaced = self.replaced or Replaced.empty(new.unit, p)
             self.replaced.remember(new.index, p)

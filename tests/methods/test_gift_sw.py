@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import finetooth
-from finetooth import quantize
+from finetooth import Selection, Unit, quantize
 from finetooth.rest import perturbation, quantized, quantized_rest
 from tests.laws.toy import same, snapshot
 
@@ -86,6 +86,21 @@ def test_padding_does_not_count() -> None:
     assert all(torch.equal(stats[0][n].index, stats[1][n].index) for n in stats[0])
 
 
+def test_padding_does_not_count_where_experts_flatten_their_inputs() -> None:
+    from finetooth.anatomy import survey
+    from finetooth.probe import calibrate
+
+    model = tiny("mixtral")
+    parts = {n: p for n, p in survey(model).items() if n.endswith("gate.weight") or "q_proj" in n}
+    padded, mask = torch.cat([ids(2, 6), ids(2, 2, seed=9)], 1), torch.tensor([[1] * 6 + [0] * 2] * 2)
+    for name in parts:  # routers are no linear layers to transformers, but take [tokens, hidden] all the same
+        parts[name] = type(parts[name])(name, "linear", parts[name].layer, parts[name].place)
+    one = calibrate(model, [{"input_ids": padded, "attention_mask": mask}], parts, ["input_norm_2"])
+    two = calibrate(model, [{"input_ids": padded[:, :6], "attention_mask": mask[:, :6]}], parts, ["input_norm_2"])
+    for name in parts:
+        assert torch.allclose(one[name]["input_norm_2"], two[name]["input_norm_2"], rtol=1e-5), name
+
+
 def test_noise_has_the_stated_deviation() -> None:
     """Over 20,000 draws a standard deviation is known to 0.5 % (1/sqrt(2n)); five of them are allowed."""
     w = torch.randn(3, 20000, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1.0], [0.1], [10.0]])
@@ -128,11 +143,14 @@ def test_noise_is_fresh_in_training_and_absent_elsewhere(family: str) -> None:
 
 def test_backward_sees_the_noise_of_its_forward() -> None:
     """The gradient at the input is that of W + E: compared with a plain layer that holds W + E."""
-    from finetooth.rest import _AddNoise
+    from finetooth.rest import Noise, _AddNoise, _LayerNoise
 
     x = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
     half, kept = torch.rand(4, 1), torch.tensor([True, False, False, True, False, False])
-    assert torch.autograd.gradcheck(lambda x: _AddNoise.apply(x, half, kept, 11), x)
+    layer = _LayerNoise(
+        Noise(torch.nn.Identity(), {}, 4, 0), "w", Selection(torch.tensor([0, 3]), Unit("column"), (4, 6)), 4, 0
+    )
+    assert torch.autograd.gradcheck(lambda x: _AddNoise.apply(x, half, kept, 11, layer), x)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -6,7 +6,7 @@ import torch
 import finetooth
 from finetooth.anatomy import survey
 from finetooth.rest import noise, quantized, reset
-from finetooth.when import every
+from finetooth.when import at, every
 from tests.laws.toy import own_score, same, snapshot
 
 from .models import FAMILIES, ids, step, tiny
@@ -53,6 +53,42 @@ def test_survey(family: str) -> None:
 def test_transposed_experts_are_known() -> None:
     parts = survey(tiny("gpt-oss"))
     assert {p.transposed for p in parts.values() if p.kind == "expert"} == {True}
+
+
+def test_experts_that_do_not_say_how_they_are_stored() -> None:
+    """Llama 4 stores [expert, in, out] and does not say so; of an unknown class a column is refused."""
+
+    class Block(torch.nn.Module):
+        def __init__(self, kind: str) -> None:
+            super().__init__()
+            self.experts = type(kind, (torch.nn.Module,), {})()
+            self.experts.w = torch.nn.Parameter(torch.randn(2, 6, 4))
+            self.conv1d = torch.nn.Conv1d(4, 4, 2, groups=4)
+
+    for kind, transposed in (("Llama4TextExperts", True), ("SomeExperts", None)):
+        model = torch.nn.ModuleList([Block(kind)])
+        parts = survey(model)
+        assert parts["0.experts.w"].transposed is transposed
+        assert parts["0.conv1d.weight"].kind == "other"
+        given = {"unit": "column", "keep": 2, "targets": ["*.w"]}
+        if transposed:
+            (selection,) = finetooth.build("magnitude", model, **given).selections().values()
+            assert (selection.unit.kind, len(selection)) == ("row", 2)  # 12 input features in two experts
+        else:
+            with pytest.raises(ValueError, match="stored either way round"):
+                finetooth.build("magnitude", model, **given)
+
+
+def test_a_tied_name_in_targets() -> None:
+    with pytest.raises(ValueError, match=r"'lm_head.weight' is tied to 'model.embed_tokens.weight'"):
+        finetooth.build("magnitude", tiny("llama-tied"), targets=["lm_head.weight"])
+
+
+@pytest.mark.parametrize(("unit", "keep"), [("matrix", 0.25), ("layer", 0.5)])
+def test_whole_units_have_the_model_as_their_pool(unit: str, keep: float) -> None:
+    opt = finetooth.build("random", tiny("llama"), unit=unit, keep=keep)
+    chosen = {name for name, s in opt.selections().items() if len(s)}
+    assert len(chosen) == {"matrix": 4, "layer": 7}[unit]  # of 14 matrices, and of 2 layers of 7
 
 
 def test_a_column_is_an_input_feature_in_gpt2() -> None:
@@ -115,7 +151,18 @@ def test_errors_name_the_choices() -> None:
         ({"method": "gift-sw", "when": every(2), "calibration": [ids()]}, "selection made once"),
         ({"method": "random", "rest": noise(4)}, "the unit is element"),
         ({"method": "gmt", "rest": reset()}, 'needs mask="update"'),
-        ({"method": "full", "rest": quantized(4)}, "selection made once"),
+        ({"method": "full", "rest": quantized(4)}, "no meaning"),
+        ({"method": "random", "when": at([5])}, "first selection is at step 0"),
+        ({"method": "random", "when": "warmup(3)"}, "first selection is at step 0"),
+        ({"method": "random", "state": "dense", "weight_decay": 0.1}, 'mask="update"'),
+        ({"method": "random", "unit": "matrix", "pool": "tensor", "keep": 0.1}, "choose pool='model'"),
+        ({"method": "random", "unit": "layer", "pool": "silo", "keep": 0.1}, "choose pool='model'"),
+        ({"method": "random", "when": "often"}, "choose one of once, every"),
+        ({"method": "random", "rest": "noise(4, 2)"}, "wrong number of arguments"),
+        ({"method": "random", "score": "snipp"}, "choose one of gradient, snip"),
+        ({"method": "gift-sw", "bits": "four", "calibration": [ids()]}, "the options of 'gift-sw' are"),
+        ({"method": "gmt", "decay_to": "base"}, "give base="),
+        ({"method": "magnitude", "rest": noise(4), "unit": "column", "targets": "all"}, "acts on linear layers"),
         ({"method": "gift-sw", "tau": 3.0, "calibration": [ids()]}, "choose inf, 2 or 1"),
     ):
         with pytest.raises(ValueError, match=message):

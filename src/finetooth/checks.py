@@ -1,0 +1,122 @@
+"""What an optimizer refuses before it touches a weight: values out of range, and choices that contradict each other.
+
+Every function raises ValueError with what was given and what would be right. A choice that would be ignored is an
+error here, because nobody notices an ignored option until the results are in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetooth import shards
+from finetooth.anatomy import Part
+from finetooth.rest import Rest
+from finetooth.rule import Rule, by_tensor, layer, stem
+from finetooth.when import When, once
+
+CHOICES = {
+    "state": ("compact", "dense"),
+    "mask": ("gradient", "update"),
+    "rounding": ("auto", "stochastic", "nearest"),
+    "decay_to": ("zero", "base"),
+}
+
+# Pools that hold one whole unit each, where a fraction of a budget would silently be everything.
+ONE_UNIT = {"matrix": (by_tensor, stem), "layer": (by_tensor, stem, layer)}
+
+
+def check_named(named_parameters: Iterable[Any]) -> dict[str, Tensor]:
+    """The (name, parameter) pairs as a dict."""
+    found: dict[str, Tensor] = {}
+    for pair in named_parameters:
+        if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)):
+            raise ValueError(
+                f"named_parameters holds a {type(pair).__name__}: give (name, parameter) pairs, as "
+                "model.named_parameters() does. Parameter groups are not supported: what trains is the rule's choice."
+            )
+        found[pair[0]] = pair[1]
+    return found
+
+
+def check_rates(**given: Any) -> None:
+    """Learning rate, betas, eps, decay and norm."""
+    lr, betas, norm = given["lr"], given["betas"], given["max_grad_norm"]
+    if not lr >= 0:
+        raise ValueError(f"lr={lr} is out of range: give a number >= 0.")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas} are out of range: give two numbers in [0, 1).")
+    for name in ("eps", "weight_decay"):
+        if not given[name] >= 0:
+            raise ValueError(f"{name}={given[name]} is out of range: give a number >= 0.")
+    if norm is not None and not norm >= 0:
+        raise ValueError(f"max_grad_norm={norm} is out of range: give a number > 0, or None for no clipping.")
+
+
+def check_choice(name: str, given: str) -> None:
+    """One word of `CHOICES`."""
+    if given not in CHOICES[name]:
+        raise ValueError(f"{name}={given!r} is unknown: choose one of {', '.join(CHOICES[name])}.")
+
+
+def check_together(rule: Rule | None, when: When, rest: Rest, state: str, mask: str) -> None:
+    """Choices that cannot work together."""
+    compact, kind = state == "compact" and rule is not None, rest.kind
+    if kind == "reset" and not compact and (mask == "gradient" or rule is None):
+        raise ValueError('rest=reset() needs mask="update" with dense state: a masked gradient moves every entry.')
+    if kind in ("noise", "quantized") and (not compact or when is not once):
+        raise ValueError(f"rest={kind}(...) needs a selection made once, with compact state.")
+    if rule is None:
+        return
+    if rule.keep == 0:
+        raise ValueError("keep=0 selects nothing: nothing would train.")
+    if isinstance(rule.keep, float) and rule.keep < 1 and rule.pool in ONE_UNIT.get(rule.unit.kind, ()):
+        raise ValueError(
+            f"keep={rule.keep} of pools of one {rule.unit} each is all of them: choose pool='model', or a keep for every pool."
+        )
+    if compact and not when(0):
+        raise ValueError(
+            'compact state holds what is selected, so the first selection is at step 0, and when(0) is false: choose state="dense".'
+        )
+    if not compact and mask == "gradient" and when is once and rule.keep != 1.0:
+        raise ValueError(
+            "a gradient masked once, with dense state, still moves what is not chosen, by weight decay: "
+            'choose state="compact", or mask="update".'
+        )
+    if kind in ("noise", "quantized") and rule.unit.kind != "column":
+        raise ValueError(f"rest={kind}(...) acts on the other columns of a matrix: the unit is {rule.unit}.")
+
+
+def check_parts(rule: Rule | None, rest: Rest, parts: Iterable[Part], classes_known: bool) -> None:
+    """Whether every tensor that takes part can be cut into the rule's units, and can have its rest."""
+    if rule is None or rule.unit.kind not in ("row", "column"):
+        return
+    if not classes_known:
+        raise ValueError(
+            f"unit {rule.unit} needs model=: a row of a Linear is a column of a Conv1D, and names do not tell which it is."
+        )
+    for part in parts:
+        if part.transposed is None:
+            raise ValueError(
+                f"{part.name!r} is stored either way round, and its class does not say which: choose another unit, "
+                "or leave it out of targets."
+            )
+        if rest.kind in ("noise", "quantized") and part.kind not in ("linear", "head"):
+            raise ValueError(
+                f"rest={rest.kind}(...) acts on linear layers, and {part.name!r} is of kind {part.kind}: "
+                "choose targets='dense-linear'."
+            )
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """A parameter that cannot be trained selectively."""
+    shards.refuse_sharded(name, p)
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{name!r} is {p.dtype}: weights that train are float32, bfloat16 or float16.")
+    if not p.is_contiguous():
+        raise ValueError(
+            f"{name!r} is not contiguous: its entries are selected in storage order. Call .contiguous() on it."
+        )

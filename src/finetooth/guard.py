@@ -1,0 +1,76 @@
+"""What a step asks of its gradients before it writes: that there are any, that they are finite, how large they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteError(RuntimeError):
+    """Too many steps in a row had a gradient that is not finite."""
+
+
+class Guard:
+    """Counts bad steps in a row, and clips to a norm; `norm` is that of the last gradients that were used."""
+
+    def __init__(self, max_norm: float, stop_after: int) -> None:
+        self.max_norm, self.stop_after, self.norm = max_norm, stop_after, 0.0
+        self._bad, self._idle = 0, 0
+
+    def passes(self, grads: Mapping[str, Tensor]) -> bool:
+        """Whether all of them are finite; NonFiniteError, naming the first bad tensor, after `stop_after` times in a row."""
+        if torch.isfinite(norm(grads.values())):
+            self._bad = 0
+            return True
+        self._bad += 1
+        if self._bad >= self.stop_after:
+            bad = next((name for name, g in grads.items() if not torch.isfinite(g).all()), None)
+            raise NonFiniteError(
+                f"{self._bad} gradients in a row were not finite; the first bad tensor is {bad!r}. "
+                "No weight was written in these steps. Lower the learning rate or look at the data."
+            )
+        return False
+
+    def some(self, grads: Mapping[str, Tensor], example: str) -> bool:
+        """Whether there are any; a loss that does not reach what trains is a RuntimeError after a few steps."""
+        self._idle = 0 if grads else self._idle + 1
+        if self._idle >= self.stop_after:
+            raise RuntimeError(
+                f"no weight that trains had a gradient in {self._idle} steps in a row: was backward called, and does "
+                f"the loss depend on {example!r}?"
+            )
+        return bool(grads)
+
+    def clip(self, grads: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """Measure the norm of the gradients in use; the function that brings one to float32 and scales it."""
+        total = norm(grads.values())
+        self.norm = float(total)
+        factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)  # the 1e-6 of torch's clip_grad_norm_
+        clips = bool(self.max_norm) and float(factor) < 1.0
+        return lambda g: g.float().mul_(factor) if clips else g.float()
+
+
+def norm(grads: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, in float32: float16's own would overflow at 65504.
+
+    Where the squares overflow although every entry is finite, it is taken of the gradients over their largest entry.
+
+    >>> norm([torch.tensor([3.0]), torch.tensor([4.0])]).item(), norm([torch.tensor([1e30])]).isfinite().item()
+    (5.0, True)
+    """
+    held = [g for g in grads if g.numel()]
+    if not held:
+        return torch.zeros(())
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in held])
+    )
+    if torch.isfinite(total):
+        return total
+    largest: Tensor = torch.stack([g.abs().amax().float() for g in held]).amax()
+    if not torch.isfinite(largest):
+        return total
+    parts = torch.stack([torch.linalg.vector_norm(g.float() / largest) for g in held])
+    whole: Tensor = torch.linalg.vector_norm(parts.double())
+    return largest.double() * whole
