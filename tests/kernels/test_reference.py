@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetooth.kernels import pick, reference
+from finetooth.kernels import reference
 
 MASK = (1 << 64) - 1
 
@@ -83,9 +83,13 @@ def test_decay_to_a_base() -> None:
     assert p.item() == pytest.approx(2.0 - 0.1 * 0.5 * (2.0 - 1.0))
 
 
-def test_pick_never_takes_another() -> None:
-    assert pick("adamw_") is reference.adamw_
-    with pytest.raises(ValueError, match="choose one of reference"):
-        pick("adamw_", "cuda")
-    with pytest.raises(ValueError, match="has no 'conv'"):
-        pick("conv")
+def test_normals_are_normal_and_positional() -> None:
+    n = 400_000
+    z = reference.normal(0, n, reference.key(0, "w")).double()
+    assert torch.equal(z[1001:2003].float(), reference.normal(1001, 1002, reference.key(0, "w")))
+    # five standard errors of each estimate for a normal distribution
+    assert abs(float(z.mean())) < 5 / n**0.5 and abs(float(z.var()) - 1) < 5 * (2 / n) ** 0.5
+    assert abs(float((z**4).mean()) - 3) < 5 * (96 / n) ** 0.5
+    assert abs(float((z[:-1] * z[1:]).mean())) < 5 / n**0.5  # neighbours, which share a hash
+    table = reference.normal_table().double()
+    assert abs(float(table.square().mean()) - 1) < 1e-6 and 4.2 < float(table.max()) < 4.4

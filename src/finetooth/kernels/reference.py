@@ -13,6 +13,8 @@ Flood, "Fast splittable pseudorandom number generators", 2014).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -55,6 +57,111 @@ def adamw_(
     p.sub_(step * m / (v.sqrt() / root + eps))
 
 
+def adamw_at_(
+    p: Tensor,  # flat [n], any float dtype, updated in place at `index`
+    index: Tensor,  # [k] sorted positions
+    g: Tensor,  # [k] float32
+    m: Tensor,  # [k] float32, updated in place
+    v: Tensor,  # [k] float32, updated in place
+    master: Tensor | None,  # [k] float32, updated in place: the exact values of low-precision weights
+    *,
+    age: int | Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """Gather the chosen entries, one AdamW step, scatter; a master is rounded to nearest, so is p without one."""
+    at = index.long()
+    values = p[at].float() if master is None else master
+    adamw_(
+        values[:, None],
+        g[:, None],
+        m[:, None],
+        v[:, None],
+        age=age,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+    )
+    p[at] = values.to(p.dtype)
+
+
+def masked_adamw_(
+    p: Tensor,  # n, float32, bfloat16 or float16, updated in place
+    g: Tensor,  # like p in shape, any float dtype, read only
+    m: Tensor,  # n, float32, updated in place
+    v: Tensor,  # n, float32, updated in place
+    *,
+    cut: float | None,  # entries with |g| >= cut are chosen; None: all
+    strict: bool,  # False: the gradient is masked. True: the moments see all of it, p is written where chosen
+    scale: float,  # the gradient is multiplied by it (clipping), after `cut` was compared
+    key: int | None,  # stochastic rounding of a low-precision p; None: to nearest
+    age: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """One AdamW step of a whole tensor under GMT's mask."""
+    grad = g.float() * scale if scale != 1 else g.float()
+    chosen = None if cut is None else g.abs() >= cut
+    if chosen is not None and not strict:
+        grad = grad.masked_fill(~chosen, 0.0)
+    x = p.clone() if p.dtype == torch.float32 else p.float()
+    adamw_(x, grad, m, v, age=age, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    new = torch.empty_like(p)
+    if p.dtype == torch.float32 or key is None:
+        new.copy_(x)
+    else:
+        round_stochastic(x, p.dtype, key, new)
+    p.copy_(new if chosen is None or not strict else torch.where(chosen, new, p))
+
+
+def magnitude_cut(gs: Sequence[Tensor], k: int) -> tuple[float, float]:
+    """Of all entries of some tensors of one float dtype: the exact k-th largest magnitude (1 <= k <= n), and the sum
+    of the squares of the entries that reach it, which is not finite if any entry is not."""
+    magnitudes = torch.cat([g.detach().reshape(-1).abs() for g in gs])
+    if not bool(torch.isfinite(magnitudes).all()):
+        return float("nan"), float("nan")
+    cut = torch.kthvalue(magnitudes, magnitudes.numel() - k + 1).values
+    return float(cut), float(magnitudes[magnitudes >= cut].double().square().sum())
+
+
+def reaching(x: Tensor, cut: float) -> tuple[Tensor, Tensor]:
+    """Positions in a flat non-negative tensor: those above `cut`, and those equal to it, both sorted, int64."""
+    return (x > cut).nonzero().flatten(), (x == cut).nonzero().flatten()
+
+
+def sampled_product_(
+    acc: Tensor,  # [k] float32, added to in place
+    dy: Tensor,  # [t, out], any float dtype
+    x: Tensor,  # [t, in], like dy
+    rows: Tensor,  # [k] int32 or int64, sorted
+    columns: Tensor,  # [k], like rows
+) -> None:
+    """acc_e += sum_t dy[t, rows_e] x[t, columns_e]: the chosen entries of dy^T x, and no others."""
+    left, right = dy.t().contiguous(), x.t().contiguous()
+    size = max(1, CHUNK // max(1, dy.shape[0]))
+    for start in range(0, acc.numel(), size):
+        part = slice(start, start + size)
+        acc[part] += torch.linalg.vecdot(left[rows[part].long()].float(), right[columns[part].long()].float())
+
+
+def noisy(
+    w: Tensor,  # [r, in]: some rows of a weight
+    half_step: Tensor,  # [r, 1] float32: the standard deviation of every row
+    kept: Tensor,  # [in] bool: columns without noise
+    key: int,
+    first: int,  # the position in the whole weight of w's first entry
+    out: Tensor,  # [r, in], w's dtype: written in place
+) -> None:
+    """w + half_step * N(0, 1) on the columns that are not kept, drawn by position (see `normal`)."""
+    n = normal(first, w.numel(), key, w.device).view(w.shape)
+    out.copy_(w.float() + (n * half_step).masked_fill_(kept, 0.0))
+
+
 def key(seed: int, *parts: object) -> int:
     """A signed 64-bit key of a seed and anything that has a stable text, such as a name and a step."""
     text = "\x1f".join(str(part) for part in (seed, *parts))
@@ -85,6 +192,28 @@ def uniform(n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
         bits = hash64(torch.arange(start, stop, device=device), key)
         out[start:stop] = _shift(bits, 40).float() * 2.0**-24
     return out
+
+
+def normal(first: int, n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
+    """Draws first ... first + n - 1 of a sequence of N(0, 1), float32 [n]: one of 2^16 quantiles each, 16 bits of the
+    hash of position // 4, scaled to a variance of exactly 1 (the largest is 4.3).
+
+    >>> normal(2, 3, key(0, "a")).tolist() == normal(0, 9, key(0, "a"))[2:5].tolist()
+    True
+    """
+    table = normal_table().to(device)
+    position = torch.arange(first, first + n, device=device)
+    bits = hash64(position >> 2, key) >> ((position & 3) << 4)
+    return table[bits & 0xFFFF]
+
+
+@cache
+def normal_table() -> Tensor:
+    """The mid-point quantiles of N(0, 1) at 2^16 levels, float32, with variance 1."""
+    level = (torch.arange(1 << 16, dtype=torch.float64) + 0.5) / (1 << 16)
+    z = torch.special.ndtri(level)
+    scaled: Tensor = z / z.square().mean().sqrt()
+    return scaled.float()
 
 
 def round_stochastic(

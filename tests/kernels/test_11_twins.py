@@ -1,0 +1,69 @@
+"""Law 11: a fast kernel equals its reference."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from finetooth.kernels import OPS, NoKernel, check, pick, reference
+
+from .cases import CASES
+
+
+def available(backend: str, device: str) -> str:
+    """Why a backend cannot be tested here, or nothing."""
+    try:
+        check(backend, device)
+    except NoKernel as error:
+        return str(error)
+    return "" if device == "cpu" or torch.cuda.is_available() else "no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("backend", "device"), [("numba", "cpu"), pytest.param("triton", "cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.__name__)
+def test_equal(case: Callable[[str, str], None], backend: str, device: str) -> None:
+    if why := available(backend, device):
+        pytest.skip(why)
+    if not hasattr(
+        __import__(f"finetooth.kernels.{backend}", fromlist=["x"]),
+        [op for op in OPS if op.startswith(case.__name__)][0],
+    ):
+        pytest.skip(f"{backend} has no {case.__name__}: the reference does it")
+    case(backend, device)
+
+
+def test_triton_through_its_interpreter() -> None:
+    """The interpreter has to be on before triton is imported: a process of its own."""
+    pytest.importorskip("triton")
+    code = (
+        "from tests.kernels.cases import CASES; from finetooth.kernels import OPS, triton as t\n"
+        "for case in CASES:\n"
+        "    if any(hasattr(t, op) for op in OPS if op.startswith(case.__name__)): case('triton', 'cpu'); print(case.__name__)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "magnitude_cut" in done.stdout and "masked_adamw" in done.stdout
+
+
+def test_a_backend_by_name_is_never_replaced() -> None:
+    assert pick("adamw_", backend="reference") is reference.adamw_
+    for op, device, backend, message in (
+        ("adamw_at_", "cpu", "cuda", "choose one of auto, reference"),
+        ("conv", "cpu", "reference", "has no 'conv'"),
+        ("conv", "cpu", "auto", "no kernel 'conv'"),
+        ("adamw_at_", "cuda", "numba", "does not work on cuda|not installed"),
+        ("adamw_at_", "cpu", "triton", "does not work on cpu|not installed"),
+    ):
+        with pytest.raises(NoKernel, match=message):
+            pick(op, device, backend)
