@@ -1,5 +1,6 @@
 """Law 11: a fast kernel equals its reference."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -29,11 +30,9 @@ def available(backend: str, device: str) -> str:
 def test_equal(case: Callable[[str, str], None], backend: str, device: str) -> None:
     if why := available(backend, device):
         pytest.skip(why)
-    if not hasattr(
-        __import__(f"finetooth.kernels.{backend}", fromlist=["x"]),
-        [op for op in OPS if op.startswith(case.__name__)][0],
-    ):
-        pytest.skip(f"{backend} has no {case.__name__}: the reference does it")
+    op = next(op for op in OPS if op.startswith(case.__name__))
+    if not hasattr(importlib.import_module(f"finetooth.kernels.{backend}"), op):
+        pytest.skip(f"{backend} has no {op}: the reference does it")
     case(backend, device)
 
 
@@ -49,6 +48,7 @@ def test_triton_through_its_interpreter() -> None:
         [sys.executable, "-c", code],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
+        check=False,
         text=True,
         timeout=280,
     )
