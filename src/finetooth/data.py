@@ -5,6 +5,9 @@ the completion, on the last assistant message, or on all of the text; everything
 completion are tokenized apart and joined, so that training sees exactly the prompt that generation starts from; an
 end-of-sequence token follows the completion, or it would never be learnt. What is too long loses its end; a row that
 loses its whole completion that way is left out and counted.
+
+A chat is tokenized as a whole, and learnt from where it parts from the template's generation prompt. Evaluation asks
+with that prompt itself, as a server does; some templates let it end in what no conversation has, such as `<think>`.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -35,6 +40,12 @@ class Tokens:
     labels: list[int]
     prompt: int
     target: str = ""
+    asked: list[int] = field(default_factory=list)  # what generation starts from; empty for a text
+
+    @property
+    def asked_as_learnt(self) -> bool:
+        """Whether generation starts from just what training sees before the answer."""
+        return not self.asked or self.asked == self.ids[: self.prompt]
 
 
 @dataclass
@@ -43,19 +54,48 @@ class Prepared:
 
     examples: list[Tokens] = field(default_factory=list)
     rows: int = 0
+    prompts: int = 0  # rows that have one, also of those that are left out
     truncated: int = 0
     without_target: int = 0
+    asked_otherwise: int = 0
 
-    def remarks(self, eos: int | None) -> list[str]:
-        """What a person should know before training starts, if anything."""
+    def add(self, tokens: Tokens, max_length: int) -> None:
+        """Count a row, cut it, and keep it if it still has a token that bears loss."""
+        self.rows += 1
+        self.prompts += bool(tokens.asked)
+        self.truncated += len(tokens.ids) > max_length
+        self.asked_otherwise += not tokens.asked_as_learnt
+        tokens.ids, tokens.labels = tokens.ids[:max_length], tokens.labels[:max_length]
+        if all(label == IGNORE for label in tokens.labels):
+            self.without_target += 1
+        else:
+            self.examples.append(tokens)
+
+    def remarks(self, eos: int | None, of: str = "training") -> list[str]:
+        """What a person should know before training starts, if anything, about training or evaluation rows."""
         out = []
         if self.truncated:
-            out.append(f"{self.truncated} of {self.rows} training rows are cut to train.max_length.")
+            out.append(f"{self.truncated} of {self.rows} {of} rows are cut to train.max_length.")
         if self.without_target:
-            out.append(f"{self.without_target} rows lose their whole completion that way and are left out.")
-        if not any(eos in e.labels for e in self.examples):
+            counted = "" if of == "training" else " of the task loss; for exact match they are misses"
+            out.append(f"{self.without_target} {of} rows lose all that bears loss that way and are left out{counted}.")
+        if of == "training" and not any(eos in e.labels for e in self.examples):
             out.append("no row teaches the end-of-sequence token: generations will not stop by themselves.")
+        if self.asked_otherwise:
+            out.append(
+                "the chat template's generation prompt is not, token for token, what stands before the answers: evaluation "
+                "asks with it, as a server does, and training does not see all of it."
+            )
         return out
+
+    def counts(self) -> dict[str, int]:
+        """Rows, cut ones, ones left out, tokens that bear loss."""
+        return {
+            "rows": self.rows,
+            "truncated": self.truncated,
+            "without_target": self.without_target,
+            "tokens_learnt": self.learnt,
+        }
 
     @property
     def learnt(self) -> int:
@@ -63,12 +103,18 @@ class Prepared:
         return sum(label != IGNORE for e in self.examples for label in e.labels)
 
 
-def opened(path: str | Path) -> IO[str]:
-    """Open text, .gz and .xz alike."""
+@contextmanager
+def opened(path: str | Path) -> Iterator[IO[str]]:
+    """Open text, .gz and .xz alike; DataError names the file if it cannot be read to its end."""
     file = Path(path)
-    if file.suffix == ".gz":
-        return gzip.open(file, "rt", encoding="utf-8")
-    return lzma.open(file, "rt", encoding="utf-8") if file.suffix == ".xz" else file.open(encoding="utf-8")
+    how: Any = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
+    try:
+        with how(file, "rt", encoding="utf-8") as stream:
+            yield stream
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
+        kind = file.suffix if file.suffix in (".gz", ".xz") else "UTF-8 text"
+        hint = "" if getattr(error, "errno", None) else " It may be cut off or damaged."
+        raise DataError(f"{path} cannot be read as {kind}: {error}.{hint}") from error
 
 
 def rows(path: str | Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
@@ -95,14 +141,7 @@ def _check(row: Any, where: str) -> None:
     if not isinstance(row, dict):
         raise DataError(f"{where}: a {type(row).__name__}, expected an object with {SHAPES}.")
     if "messages" in row:
-        messages = row["messages"]
-        good = (
-            isinstance(messages, list)
-            and messages
-            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
-        )
-        if not good or messages[-1]["role"] != "assistant":
-            raise DataError(f"{where}: messages must be a list of {{role, content}} that ends with the assistant's.")
+        _check_messages(row["messages"], where)
         return
     fields = ("prompt", "completion") if "prompt" in row or "completion" in row else ("text",)
     for name in fields:
@@ -111,18 +150,25 @@ def _check(row: Any, where: str) -> None:
             raise DataError(f"{where}: {given}, expected {SHAPES} (strings).")
 
 
+def _check_messages(messages: Any, where: str) -> None:
+    good = isinstance(messages, list) and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages)
+    if not good or not messages or messages[-1]["role"] != "assistant":
+        raise DataError(f"{where}: messages must be a list of {{role, content}} that ends with the assistant's.")
+    if len(messages) == 1:
+        raise DataError(f"{where}: there is no message before the assistant's: nothing is asked.")
+    for message in messages:
+        if not isinstance(message["content"], str):
+            given = f"{type(message['content']).__name__} in the message of {message['role']!r}"
+            raise DataError(
+                f"{where}: content is a {given}, expected a string: parts, images and tool calls are not read."
+            )
+
+
 def prepare(path: str | Path, part: DataPart, tokenizer: Any, max_length: int, limit: int | None = None) -> Prepared:
     """Tokenize a file; DataError if not one row keeps a token that bears loss."""
     out = Prepared()
     for row in rows(path, limit):
-        tokens = tokenize(row, part, tokenizer)
-        out.rows += 1
-        out.truncated += len(tokens.ids) > max_length
-        tokens.ids, tokens.labels = tokens.ids[:max_length], tokens.labels[:max_length]
-        if all(label == IGNORE for label in tokens.labels):
-            out.without_target += 1
-            continue
-        out.examples.append(tokens)
+        out.add(tokenize(row, part, tokenizer), max_length)
     if not out.examples:
         raise DataError(
             f"{path}: after cutting to max_length={max_length} tokens, none of the {out.rows} rows has a token left to learn. "
@@ -144,9 +190,8 @@ def tokenize(row: dict[str, Any], part: DataPart, tokenizer: Any) -> Tokens:
     if eos and before[-1:] == eos:  # a tokenizer that closes every text would end it before the answer
         before = before[:-1]
     answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + eos
-    return Tokens(
-        before + answer, [IGNORE] * len(before) + answer, len(before), str(row.get("target", row["completion"]))
-    )
+    target = str(row.get("target", row["completion"]))
+    return Tokens(before + answer, [IGNORE] * len(before) + answer, len(before), target, before)
 
 
 def prompt_of(row: dict[str, Any], part: DataPart) -> str:
@@ -176,11 +221,17 @@ def _chat(row: dict[str, Any], tokenizer: Any) -> Tokens:
         (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
     )
     target = str(row.get("target", answer["content"]))
-    return Tokens(whole, [IGNORE] * start + whole[start:], start, target)
+    return Tokens(whole, [IGNORE] * start + whole[start:], start, target, before)
 
 
 def _template(tokenizer: Any, messages: list[dict[str, str]], generate: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    from jinja2 import TemplateError  # transformers wants jinja2 for chat templates only
+
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    except TemplateError as error:
+        roles = ", ".join(str(m["role"]) for m in messages)
+        raise DataError(f"the chat template refuses a row with the roles {roles}: {error}.") from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

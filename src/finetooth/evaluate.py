@@ -1,7 +1,8 @@
 """Task quality and forgetting, as numbers.
 
     task loss      mean cross-entropy over the tokens that bear loss
-    exact match    share of greedy generations that equal the expected answer
+    exact match    share of greedy generations that equal the expected answer, among all rows with a prompt: one that
+                   loses its whole completion to train.max_length is a miss
     forgetting     mean token cross-entropy on a general text, after minus before
 
 All in eval mode and without gradients; the mode is put back. Benchmarks of lm-evaluation-harness are not wired in yet.
@@ -119,7 +120,12 @@ def answer(text: str, extract: str | None) -> str:
     return found.group(1 if found.re.groups else 0).strip() if found else ""
 
 
-def exact_match(generations: Sequence[str], examples: Sequence[Tokens], extract: str | None) -> float:
-    """The share of generations whose answer equals the target."""
+def exact_match(
+    generations: Sequence[str], examples: Sequence[Tokens], extract: str | None, rows: int | None = None
+) -> float:
+    """The share of generations whose answer equals the target.
+
+    `rows` is how many were to be answered, where some could not be asked: those are misses.
+    """
     hits = sum(answer(g, extract) == e.target.strip() for g, e in zip(generations, examples, strict=True))
-    return hits / max(len(examples), 1)
+    return hits / max(len(examples) if rows is None else rows, 1)

@@ -7,6 +7,7 @@ the norm in the logs is taken from it: it is the norm of the gradients that were
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from finetooth.optim import SelectiveAdamW
+from finetooth.run import to_json
 
 Progress = Callable[[int, int, float | None], None]  # step, steps in all, last loss
 
@@ -25,11 +27,14 @@ class SelectiveCallback(TrainerCallback):
         self._opt, self._metrics, self._progress, self._loss = opt, metrics, progress, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A resumed run continues the metrics file from its checkpoint: later lines belong to what was lost."""
+        """A resumed run continues the metrics file from its checkpoint: later lines belong to what was lost.
+
+        A line that is not whole is one that the run was killed in.
+        """
         if self._metrics is None or not self._metrics.exists():
             return
-        lines = self._metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if _step(line) <= state.global_step]
         self._metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -41,9 +46,17 @@ class SelectiveCallback(TrainerCallback):
         if self._metrics is not None and state.is_world_process_zero:
             line = {"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}}
             with self._metrics.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(to_json(line) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report progress after every optimizer step."""
         if self._progress is not None:
             self._progress(state.global_step, state.max_steps, self._loss)
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics; infinity for a line that is not whole."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf

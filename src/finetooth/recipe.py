@@ -1,13 +1,15 @@
 """A run as data: a strict schema that reads from YAML, takes dotted overrides, and writes back to YAML.
 
 Unknown keys are errors that name the nearest right one. `${NAME}` in a string is an environment variable; a
-relative path is relative to the recipe's file; `embedded:NAME` is a part of this package. All of it, and
-that the files exist, is checked before anything is loaded.
+relative path of a model or data is relative to the recipe's file, that of `output` to the current folder;
+`embedded:NAME` is a part of this package. All of it, and that the files exist, is checked before anything is loaded.
+A located recipe has whole paths, so that a run resumes from any folder; what is published has their last parts only.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finetooth import embedded
 
@@ -25,15 +27,16 @@ class RecipeError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
 
 
 class MethodPart(_Part):
     """A row of METHODS and what is changed of it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow")
     name: str = "gmt"
     keep: float | int | dict[str, float | int] | None = None
+    targets: str | list[str] | None = None  # all, blocks, linear, dense-linear, or patterns of parameter names
     calibration_rows: int = Field(256, ge=1)  # rows of the training data that a calibrated row may look at
 
     @field_validator("keep", mode="before")
@@ -42,6 +45,15 @@ class MethodPart(_Part):
         if isinstance(value, bool):
             raise ValueError("give a fraction in (0, 1] or a count of units")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _infinite(cls, given: Any) -> Any:
+        """`inf` is a number in the fields that a row brings with it, as it is in the typed ones."""
+        words = {"inf": math.inf, "-inf": -math.inf}
+        if not isinstance(given, Mapping):
+            return given
+        return {k: words.get(v, v) if isinstance(v, str) else v for k, v in given.items()}
 
 
 class OptimizerPart(_Part):
@@ -52,6 +64,8 @@ class OptimizerPart(_Part):
     eps: float = Field(1e-8, gt=0)
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: int = Field(0, ge=0)
+    rounding: Literal["auto", "stochastic", "nearest"] = "auto"  # of weights below float32
+    decay_to: Literal["zero", "base"] = "zero"
 
 
 class DataPart(_Part):
@@ -85,6 +99,15 @@ class EvaluatePart(_Part):
     forgetting: str | None = None  # a general text: .txt, .gz or .xz
     quantized_bits: int | None = Field(None, ge=2, le=8)  # gift-sw: also with the other columns in so many bits
 
+    @field_validator("extract")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression, {error}") from error
+        return value
+
 
 class Recipe(_Part):
     """One run; `output` is the folder it writes."""
@@ -101,6 +124,36 @@ class Recipe(_Part):
     def to_yaml(self) -> str:
         """The recipe with every default written out; it reads back as an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def to_json(self) -> Any:
+        """The recipe as JSON, which has no infinities: they are the words that `parse` reads as such."""
+        return _spelled(self.model_dump(mode="json"))
+
+    def public(self) -> Recipe:
+        """The recipe for others to read: of a whole path the last part, as the rest tells about this machine only."""
+        data, evaluate = self.data, self.evaluate
+        shown = {
+            "model": _shown(self.model),
+            "data": data.model_copy(update={"train": _shown(data.train), "eval": _shown(data.eval)}),
+            "evaluate": evaluate.model_copy(update={"forgetting": _shown(evaluate.forgetting)}),
+            "output": _shown(self.output),
+        }
+        return self.model_copy(update=shown)
+
+
+def _shown(path: str | None) -> str | None:
+    if path is None or not Path(path).is_absolute():
+        return path
+    ours = [embedded.PREFIX + name for name in embedded.FILES if embedded.path(name) == Path(path)]
+    return ours[0] if ours else Path(path).name
+
+
+def _spelled(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _spelled(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_spelled(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -164,7 +217,7 @@ def _sentence(error: Any) -> str:
 
 
 def located(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with its paths made whole; RecipeError for a file that is not there."""
+    """The recipe with absolute paths, `output` below the current folder; RecipeError for a file that is not there."""
     data, evaluate = recipe.data, recipe.evaluate
     found = {
         "model": _model(recipe.model, folder),
@@ -174,9 +227,15 @@ def located(recipe: Recipe, folder: Path) -> Recipe:
         "evaluate": evaluate.model_copy(
             update={"forgetting": _file("evaluate.forgetting", evaluate.forgetting, folder)}
         ),
-        "output": str(Path(_expanded("output", recipe.output)).expanduser()),
+        "output": str(_whole(Path(_expanded("output", recipe.output)))),
     }
     return recipe.model_copy(update=found)
+
+
+def _whole(path: Path) -> Path:
+    """Absolute and without `..`. A link keeps its own name: what it points to may have lost the ending."""
+    path = path.expanduser()
+    return path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
 
 
 def _expanded(key: str, text: str) -> str:
@@ -194,7 +253,7 @@ def _file(key: str, given: str | None, folder: Path) -> str | None:
         return None
     if given.startswith(embedded.PREFIX):
         return str(embedded.path(given))
-    file = folder / Path(_expanded(key, given)).expanduser()
+    file = _whole(folder / Path(_expanded(key, given)).expanduser())
     if not file.is_file():
         raise RecipeError(f"{key}: there is no file {file}.")
     return str(file)
@@ -204,7 +263,7 @@ def _model(given: str, folder: Path) -> str:
     if given.startswith(embedded.PREFIX):
         return str(embedded.path(given))
     text = _expanded("model", given)
-    local = folder / Path(text).expanduser()
+    local = _whole(folder / Path(text).expanduser())
     if local.is_dir():
         return str(local)
     if re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", text) and not local.exists():

@@ -6,11 +6,14 @@ recipe.yaml  environment.json  metrics.jsonl  checkpoints/  delta.safetensors  r
 from __future__ import annotations
 
 import json
+import math
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from finetooth import embedded
 from finetooth.recipe import Recipe, RecipeError
 
 LIBRARIES = ("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
@@ -76,7 +79,24 @@ def _version(name: str) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that a person can read."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON text; NaN and infinities, which JSON does not have, are null.
+
+    >>> to_json({"loss": float("nan"), "step": 3})
+    '{"loss": null, "step": 3}'
+    """
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _figure(value: float | None) -> str:
@@ -84,14 +104,14 @@ def _figure(value: float | None) -> str:
 
 
 def card(recipe: Recipe, results: dict[str, Any], paper: str) -> str:
-    """The run's README: what this is, how it was made, what came out, how to use it."""
+    """The run's README: what this is, how it was made, what came out, how to use it. It has no paths of this machine."""
     before, after = results["before"], results["after"]
     lines = "\n".join(
         f"| {name.replace('_', ' ')} | {_figure(before.get(name))} | {_figure(after[name])} |" for name in after
     )
     base, name = results["base"], recipe.method.name
     return f"""---
-base_model: {base}
+{_front(recipe, base)}
 library_name: finetooth
 tags: [finetooth, {name}]
 ---
@@ -111,17 +131,43 @@ delta off gave the base back bit for bit: {"yes" if results["reverted"] else "NO
 ## Use
 
 ```python
-import finetooth, torch
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{"float32" if recipe.train.precision == "fp32" else "bfloat16"})
-inverse = finetooth.Delta.load("delta.safetensors").apply(model)
-```
+{_use(recipe, base)}```
 
 The weights keep the licence of the base model and of the training data.
 
 ## Recipe
 
+Of local paths only the last part is shown.
+
 ```yaml
-{recipe.to_yaml()}```
+{recipe.public().to_yaml()}```
+"""
+
+
+def _is_local(recipe: Recipe) -> bool:
+    return Path(recipe.model).is_dir()
+
+
+def _front(recipe: Recipe, base: str) -> str:
+    """`base_model` is a hub id and nothing else; a folder's name would be a link to nowhere."""
+    if not _is_local(recipe):
+        return f"base_model: {base}"
+    return f"# base_model: the hub id of {json.dumps(base, ensure_ascii=False)}, a local folder, if it has one"
+
+
+def _use(recipe: Recipe, base: str) -> str:
+    """Python that loads the base, wherever it is, and applies the delta."""
+    shown, first = recipe.public().model, "import finetooth, torch"
+    where = f"base = {base!r}"
+    if shown.startswith(embedded.PREFIX):
+        first, where = "import finetooth, finetooth.embedded, torch", f"base = finetooth.embedded.path({shown!r})"
+    elif _is_local(recipe):
+        where = f"base = {'path/to/' + base!r}  # the base was a local folder of this name: put its path, or its hub id"
+    dtype = "float32" if recipe.train.precision == "fp32" else "bfloat16"
+    return f"""{first}
+from transformers import AutoModelForCausalLM
+
+{where}
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})
+inverse = finetooth.Delta.load("delta.safetensors").apply(model)  # refuses a base with other weights
 """

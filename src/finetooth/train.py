@@ -27,12 +27,25 @@ from finetooth.delta import Delta
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
-from finetooth.recipe import Recipe
+from finetooth.recipe import MethodPart, Recipe, RecipeError
 from finetooth.rest import quantized_rest
 from finetooth.rule import check_keep
+from finetooth.spelled import choice
 
 SAMPLES = 64  # of the evaluation rows, one is shown: the first that comes out right, if any does
 CALIBRATION_BATCH = 8
+# Settings of `build` that a recipe has in another section than `method`.
+ELSEWHERE = {
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "max_grad_norm": "optimizer.max_grad_norm",
+    "betas": "optimizer.betas",
+    "eps": "optimizer.eps",
+    "rounding": "optimizer.rounding",
+    "decay_to": "optimizer.decay_to",
+    "seed": "train.seed",
+    "stop_after": "train.stop_after_nonfinite",
+}
 
 
 @dataclass
@@ -61,21 +74,22 @@ def train(
 ) -> dict[str, Any]:
     """Run a recipe; the results, as they are also written to `results.json`.
 
-    `say` is told, before training starts, what a person should know about the data.
+    There `run` is the folder's name, here its path. `say` is told, before training starts, what a person should know
+    about the data.
     """
     started = time.monotonic()
     check(recipe, resume)
     job = load(recipe, Path(recipe.output))
     folder = run.start(recipe)
     if say is not None:
-        for remark in job.train.remarks(job.tokenizer.eos_token_id):
+        for remark in remarks(job):
             say(remark)
     before, said_before = measure(job)
     opt = optimizer(job)
     trainer = make_trainer(job, opt, progress)
     trainer.train(resume_from_checkpoint=str(run.last_checkpoint(folder)) if resume else None)
     opt.verify_frozen()
-    delta = Delta.extract(job.model, opt, recipe=recipe.model_dump(mode="json"), method=recipe.method.name)
+    delta = Delta.extract(job.model, opt, recipe=recipe.public().to_json(), method=recipe.method.name)
     delta.save(folder / "delta.safetensors")
     after, said_after = measure(job)
     after |= quantized(job, opt)
@@ -91,29 +105,53 @@ def train(
         "skipped_steps": opt.skipped,
         "state_bytes": opt.state_bytes(),
         "seconds": round(time.monotonic() - started, 1),
-        "run": str(folder),
+        "run": folder.name,
     }
     run.write_json(folder / "results.json", results)
     (folder / "README.md").write_text(run.card(recipe, results, METHODS[recipe.method.name].paper), encoding="utf-8")
     if recipe.merged:
         job.model.save_pretrained(folder / "merged")  # type: ignore[operator]
         job.tokenizer.save_pretrained(folder / "merged")
-    return results
+    return {**results, "run": str(folder)}
 
 
 def check(recipe: Recipe, resume: bool) -> None:
     """Everything that can be known to be wrong before data and weights are read."""
-    check_options(recipe.method.name, recipe.method.model_extra or {})
-    keep = recipe.method.keep
-    for pool, share in (keep if isinstance(keep, dict) else {"": keep}).items():
-        if share is not None:
-            check_keep(share, f"method.keep[{pool!r}]" if pool else "method.keep")
+    check_method(recipe.method)
+    check_evaluation(recipe)
     run.check(recipe, resume)
     longest = recipe.train.max_length
     config = AutoConfig.from_pretrained(str(checkpoint.resolve(recipe.model)))
     context = getattr(config, "max_position_embeddings", None) or longest
     if longest > context:
         raise DataError(f"train.max_length={longest} is more than the model's context of {context} tokens.")
+
+
+def check_method(part: MethodPart) -> None:
+    """The row, its options and its budget; RecipeError for a setting that has its place in another section."""
+    options = part.model_extra or {}
+    for name in options:
+        if name in ELSEWHERE:
+            raise RecipeError(f"method.{name} is not read there: write {ELSEWHERE[name]}.")
+    for pool, share in (part.keep if isinstance(part.keep, dict) else {"": part.keep}).items():
+        if share is not None:
+            check_keep(share, f"method.keep[{pool!r}]" if pool else "method.keep")
+    check_options(part.name, options, keep=part.keep, targets=part.targets)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """RecipeError for a measurement that has nothing to measure."""
+    how, method = recipe.evaluate, recipe.method
+    for name, wanted in (("task: exact_match", how.task == "exact_match"), ("quantized_bits", how.quantized_bits)):
+        if wanted and recipe.data.eval is None:
+            raise RecipeError(f"evaluate.{name} needs data.eval: there are no rows to measure on.")
+    rule = METHODS[method.name].rule
+    unit = choice("unit", (method.model_extra or {}).get("unit", rule.unit if rule else "matrix"))
+    if how.quantized_bits and getattr(unit, "kind", unit) != "column":
+        raise RecipeError(
+            f"evaluate.quantized_bits={how.quantized_bits} rounds the columns that did not train, and {method.name!r} trains "
+            f"by {unit}: choose gift-sw, or method.unit=column."
+        )
 
 
 def load(recipe: Recipe, folder: Path) -> Job:
@@ -127,6 +165,8 @@ def load(recipe: Recipe, folder: Path) -> Job:
     data, longest = recipe.data, recipe.train.max_length
     learn = prepare(data.train, data, tokenizer, longest, data.limit)
     test = prepare(data.eval, data, tokenizer, longest, data.eval_limit) if data.eval else None
+    if test is not None and not test.prompts and recipe.evaluate.task == "exact_match":
+        raise DataError(f"{data.eval} has texts only: exact_match needs rows with a prompt, or messages.")
     general = documents(recipe.evaluate.forgetting) if recipe.evaluate.forgetting else []
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
@@ -152,10 +192,13 @@ def optimizer(job: Job) -> SelectiveAdamW:
         job.model,
         lr=rate.lr,
         keep=recipe.method.keep,
+        targets=recipe.method.targets,
         weight_decay=rate.weight_decay,
         max_grad_norm=rate.max_grad_norm,
         betas=rate.betas,
         eps=rate.eps,
+        rounding=rate.rounding,
+        decay_to=rate.decay_to,
         seed=recipe.train.seed,
         stop_after=recipe.train.stop_after_nonfinite,
         calibration=batches,
@@ -215,15 +258,11 @@ def measure(job: Job) -> tuple[dict[str, float], list[str]]:
         out["task_loss"] = evaluate.task_loss(job.model, job.eval.examples, job.pad, how.batch_size)
     if job.eval is not None:
         exact = how.task == "exact_match"
-        asked = (
-            [e for e in job.eval.examples if e.prompt]
-            if exact
-            else [e for e in job.eval.examples if e.prompt][:SAMPLES]
-        )
-        prompts = [e.ids[: e.prompt] for e in asked]
+        asked = [e for e in job.eval.examples if e.asked][: None if exact else SAMPLES]
+        prompts = [e.asked for e in asked]
         said = evaluate.generate(job.model, job.tokenizer, prompts, how.max_new_tokens, how.batch_size)
         if exact:
-            out["exact_match"] = evaluate.exact_match(said, asked, how.extract)
+            out["exact_match"] = evaluate.exact_match(said, asked, how.extract, job.eval.prompts)
     if job.general:
         out["general_loss"] = evaluate.general_loss(job.model, job.tokenizer, job.general, _context(job))
     return out, said
@@ -235,14 +274,14 @@ def _context(job: Job) -> int:
 
 def quantized(job: Job, opt: SelectiveAdamW) -> dict[str, float]:
     """The task loss with the columns that did not train in a few bits, where the recipe asks for it."""
-    width = job.recipe.evaluate.quantized_bits
+    how = job.recipe.evaluate
+    width = how.quantized_bits
     if width is None or job.eval is None:
         return {}
-    columns = {n: s for n, s in opt.selections().items() if s.unit.kind in ("column", "row")}
-    if not columns:
-        raise DataError(f"evaluate.quantized_bits={width}: {job.recipe.method.name} did not train columns.")
+    columns = {n: s for n, s in opt.selections().items() if s.unit.kind in ("column", "row")}  # rows: stored transposed
     with quantized_rest(job.model, columns, width):
-        return {f"task_loss_at_{width}_bits": evaluate.task_loss(job.model, job.eval.examples, job.pad)}
+        loss = evaluate.task_loss(job.model, job.eval.examples, job.pad, how.batch_size)
+    return {f"task_loss_at_{width}_bits": loss}
 
 
 def summary(job: Job, delta: Delta, folder: Path) -> dict[str, Any]:
@@ -263,13 +302,13 @@ def reverts(job: Job, delta: Delta) -> bool:
 
 def sample(job: Job, before: list[str], after: list[str]) -> dict[str, str]:
     """One evaluation row with what the model said before and says now."""
-    asked = [e for e in job.eval.examples if e.prompt] if job.eval is not None else []
+    asked = [e for e in job.eval.examples if e.asked] if job.eval is not None else []
     if not asked or not after:
         return {}
     shown = range(min(SAMPLES, len(after)))
     right = [i for i in shown if evaluate.answer(after[i], job.recipe.evaluate.extract) == asked[i].target.strip()]
     at = right[0] if right else 0
-    prompt = job.tokenizer.decode(asked[at].ids[: asked[at].prompt], skip_special_tokens=True)
+    prompt = job.tokenizer.decode(asked[at].asked, skip_special_tokens=True)
     return {
         "prompt": prompt.strip(),
         "before": before[at].strip(),
@@ -278,7 +317,13 @@ def sample(job: Job, before: list[str], after: list[str]) -> dict[str, str]:
     }
 
 
-def notes(job: Job) -> dict[str, int]:
-    """What must be known about the data: rows, cut ones, ones left out, tokens that bear loss."""
-    t = job.train
-    return {"rows": t.rows, "truncated": t.truncated, "without_target": t.without_target, "tokens_learnt": t.learnt}
+def notes(job: Job) -> dict[str, dict[str, int] | None]:
+    """What must be known about the data, counted for each file."""
+    return {"train": job.train.counts(), "eval": job.eval.counts() if job.eval is not None else None}
+
+
+def remarks(job: Job) -> list[str]:
+    """What a person should know about both files, each thing once."""
+    eos = job.tokenizer.eos_token_id
+    said = job.train.remarks(eos) + (job.eval.remarks(eos, "evaluation") if job.eval is not None else [])
+    return list(dict.fromkeys(said))

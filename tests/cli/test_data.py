@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 
 from finetooth import embedded
 from finetooth.cli.main import app
-from finetooth.data import IGNORE, DataError, documents, prepare
+from finetooth.data import IGNORE, DataError, documents, prepare, rows
 from finetooth.recipe import DataPart, Recipe, RecipeError, load, parse
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -73,6 +74,47 @@ def test_chat_learns_the_last_answer(tmp_path: Path, tokenizer: Any) -> None:
     assert "four" in learnt and "three" not in learnt and learnt.rstrip().endswith("</s>")
 
 
+def test_evaluation_asks_with_the_generation_prompt(tmp_path: Path, tokenizer: Any) -> None:
+    """Some templates end it in what no conversation has: then the two differ, and that is said."""
+    turns = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    file = write(tmp_path, *[{"messages": turns}] * 3)
+    thinking = TEMPLATE.replace("<assistant>{% endif", "<assistant><think>\n{% endif")
+    for template, differs in ((TEMPLATE, False), (thinking, True)):
+        tokenizer.chat_template = template
+        try:
+            found = prepare(file, part(), tokenizer, 200)
+        finally:
+            tokenizer.chat_template = None
+        example = found.examples[0]
+        assert tokenizer.decode(example.asked).endswith("<think>\n" if differs else "<assistant>")
+        assert (example.asked != example.ids[: example.prompt]) is differs
+        assert sum("generation prompt" in remark for remark in found.remarks(tokenizer.eos_token_id)) == differs
+
+
+def test_what_a_template_refuses_is_a_data_error(tmp_path: Path, tokenizer: Any) -> None:
+    turns = [{"role": "system", "content": "be kind"}, {"role": "assistant", "content": "yes"}]
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    try:
+        with pytest.raises(DataError, match="refuses a row with the roles system: no system role"):
+            prepare(write(tmp_path, {"messages": turns}), part(), tokenizer, 100)
+    finally:
+        tokenizer.chat_template = None
+
+
+DAMAGES = [(kind, how) for kind in ("gz", "xz") for how in ("cut", "not it", "not text")] + [("jsonl", "not text")]
+
+
+@pytest.mark.parametrize(("kind", "how"), DAMAGES)
+def test_a_damaged_file_is_named(kind: str, how: str, tmp_path: Path) -> None:
+    good = "".join(json.dumps({"text": f"row {i * i}"}) + "\n" for i in range(4000)).encode()
+    packed = {"gz": gzip.compress, "xz": lzma.compress}.get(kind, bytes)(good if how == "cut" else b"\xff" + good)
+    file = tmp_path / f"rows.{kind}"
+    file.write_bytes({"cut": packed[: len(packed) // 2], "not it": good}.get(how, packed))
+    for read in (lambda f: list(rows(f)), documents):
+        with pytest.raises(DataError, match=file.name):
+            read(file)
+
+
 def test_text_learns_all_of_it(tmp_path: Path, tokenizer: Any) -> None:
     example = prepare(write(tmp_path, {"text": "Once upon a time"}), part(), tokenizer, 100).examples[0]
     assert example.labels == example.ids and example.ids[-1] == tokenizer.eos_token_id
@@ -88,6 +130,9 @@ def test_what_is_cut_is_counted(tmp_path: Path, tokenizer: Any) -> None:
     assert (found.rows, found.truncated, found.without_target, len(found.examples)) == (3, 2, 1, 2)
     assert len(found.remarks(tokenizer.eos_token_id)) == 2
     assert "will not stop" in found.remarks(-7)[-1]
+    said = found.remarks(-7, "evaluation")
+    assert "2 of 3 evaluation rows" in said[0] and "misses" in said[1] and len(said) == 2
+    assert found.prompts == 3 and found.counts()["without_target"] == 1
 
 
 @pytest.mark.parametrize(
@@ -98,6 +143,15 @@ def test_what_is_cut_is_counted(tmp_path: Path, tokenizer: Any) -> None:
         ({"question": "?"}, r"line 2: the keys \['question'\]"),
         ({"prompt": "a", "completion": 3}, "completion = 3"),
         ({"messages": [{"role": "user", "content": "hi"}]}, "ends with the assistant"),
+        ({"messages": [{"role": "assistant", "content": "hi"}]}, "no message before"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "a"}]},
+            "content is a list in the message of 'user'",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+            "content is a NoneType",
+        ),
     ],
 )
 def test_a_bad_row_is_named(row: Any, message: str, tmp_path: Path, tokenizer: Any) -> None:

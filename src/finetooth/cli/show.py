@@ -5,12 +5,12 @@ stdout carries the result and nothing else, so that `--json` can be piped; progr
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -74,7 +74,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, float | None], None]]:
 def results(found: dict[str, Any], as_json: bool) -> None:
     """The end of a run, as a table or as JSON on stdout."""
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        _json(found)
         return
     console = Console(file=sys.stdout)
     table = Table(
@@ -94,10 +94,22 @@ def results(found: dict[str, Any], as_json: bool) -> None:
         said = {"asked": "prompt", "expected": "expected", "said before": "before", "says now": "after"}
         for title, key in said.items():  # as Text: square brackets in what a model says are not markup
             facts.add_row(title, Text(found["sample"][key] or "(nothing)"))
-    facts.add_row("run folder", Text(found["run"]))
+    facts.add_row("run folder", Text(_folder(found["run"])))
     console.print(facts)
     if found["skipped_steps"]:
         note(f"{found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
+
+
+def _json(found: Any) -> None:
+    from finetooth.run import to_json
+
+    typer.echo(to_json(found, indent=2))
+
+
+def _folder(path: str) -> str:
+    """A folder as a person would type it from here."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
 
 
 def figure(value: float | None) -> str:
@@ -113,7 +125,7 @@ def note(remark: str) -> None:
 def preview(found: dict[str, Any], as_json: bool) -> None:
     """Rows of data with what is learnt set off."""
     if as_json:
-        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        _json(found)
         return
     console = Console(file=sys.stdout)
     for row in found["rows"]:
