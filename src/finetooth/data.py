@@ -75,10 +75,12 @@ class Prepared:
         """What a person should know before training starts, if anything, about training or evaluation rows."""
         out = []
         if self.truncated:
-            out.append(f"{self.truncated} of {self.rows} {of} rows are cut to train.max_length.")
+            out.append(f"cut to train.max_length: {self.truncated} of {self.rows} {of} rows.")
         if self.without_target:
-            counted = "" if of == "training" else " of the task loss; for exact match they are misses"
-            out.append(f"{self.without_target} {of} rows lose all that bears loss that way and are left out{counted}.")
+            counted = "" if of == "training" else "; exact match counts them as misses"
+            out.append(
+                f"left out, as the cut takes all that bears loss: {self.without_target} of {self.rows} {of} rows{counted}."
+            )
         if of == "training" and not any(eos in e.labels for e in self.examples):
             out.append("no row teaches the end-of-sequence token: generations will not stop by themselves.")
         if self.asked_otherwise:

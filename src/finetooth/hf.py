@@ -43,13 +43,18 @@ class SelectiveCallback(TrainerCallback):
             return
         logs["grad_norm"], logs["skipped_steps"] = self._opt.grad_norm, self._opt.skipped
         self._loss = logs.get("loss", self._loss)
+        self._report(state)
         if self._metrics is not None and state.is_world_process_zero:
             line = {"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}}
             with self._metrics.open("a", encoding="utf-8") as file:
                 file.write(to_json(line) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Report progress after every optimizer step."""
+        """Report progress after every optimizer step, and log the last one whatever its number."""
+        control.should_log = control.should_log or state.global_step >= state.max_steps
+        self._report(state)
+
+    def _report(self, state: Any) -> None:
         if self._progress is not None:
             self._progress(state.global_step, state.max_steps, self._loss)
 

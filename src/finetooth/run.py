@@ -1,6 +1,9 @@
 """The run folder: what is written, and that nothing in it is overwritten by accident.
 
 recipe.yaml  environment.json  metrics.jsonl  checkpoints/  delta.safetensors  results.json  README.md
+
+`recipe.yaml` and the checkpoints hold whole paths, which resuming needs. The delta, the results and the README, which are
+for others to read, do not.
 """
 
 from __future__ import annotations
@@ -148,19 +151,24 @@ def _is_local(recipe: Recipe) -> bool:
     return Path(recipe.model).is_dir()
 
 
+def _is_embedded(recipe: Recipe) -> bool:
+    return recipe.public().model.startswith(embedded.PREFIX)
+
+
 def _front(recipe: Recipe, base: str) -> str:
     """`base_model` is a hub id and nothing else; a folder's name would be a link to nowhere."""
     if not _is_local(recipe):
         return f"base_model: {base}"
+    if _is_embedded(recipe):
+        return f"# no base_model: {base} is a part of the package finetooth"
     return f"# base_model: the hub id of {json.dumps(base, ensure_ascii=False)}, a local folder, if it has one"
 
 
 def _use(recipe: Recipe, base: str) -> str:
     """Python that loads the base, wherever it is, and applies the delta."""
-    shown, first = recipe.public().model, "import finetooth, torch"
-    where = f"base = {base!r}"
-    if shown.startswith(embedded.PREFIX):
-        first, where = "import finetooth, finetooth.embedded, torch", f"base = finetooth.embedded.path({shown!r})"
+    first, where = "import finetooth, torch", f"base = {base!r}"
+    if _is_embedded(recipe):
+        first, where = "import finetooth, finetooth.embedded, torch", f"base = finetooth.embedded.path({base!r})"
     elif _is_local(recipe):
         where = f"base = {'path/to/' + base!r}  # the base was a local folder of this name: put its path, or its hub id"
     dtype = "float32" if recipe.train.precision == "fp32" else "bfloat16"

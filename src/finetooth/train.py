@@ -207,7 +207,14 @@ def optimizer(job: Job) -> SelectiveAdamW:
     )
 
 
-def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> SFTTrainer:
+class Trainer(SFTTrainer):
+    """TRL's trainer without its model card, which would say of our checkpoints that their base is None."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run folder has a card of its own."""
+
+
+def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Trainer:
     """TRL's trainer on tokenized rows, with nothing of its own that would touch the optimizer's work."""
     recipe, how, rate = job.recipe, job.recipe.train, job.recipe.optimizer
     rows = [{"input_ids": e.ids, "labels": e.labels} for e in job.train.examples]
@@ -238,7 +245,7 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> SF
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = SFTTrainer(
+    trainer = Trainer(
         model=job.model,
         args=args,
         train_dataset=Dataset.from_list(rows),

@@ -58,7 +58,7 @@ def test_the_card_of_an_embedded_base_runs(tmp_path: Path, monkeypatch: pytest.M
     card = Path("README.md").read_text()
     space: dict[str, Any] = {}
     exec(python(card), space)
-    assert space["inverse"].base.tuned is True
+    assert space["inverse"].base.tuned is True and not [*Path("checkpoints").rglob("README.md")]
     assert str(tmp_path) not in card + Path("results.json").read_text()
     assert str(tmp_path) not in json.dumps(call("delta", "info", "delta.safetensors", "--json"))
 
@@ -82,6 +82,18 @@ def test_json_on_stdout_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == {"before": {"task_loss": None}}
 
 
+def test_the_last_step_is_logged_and_reported(tmp_path: Path) -> None:
+    """Also where its number is no multiple of the interval: else the bar ends with the loss of long ago."""
+    from finetooth import train
+    from finetooth.recipe import load
+
+    seen: list[tuple[int, int, float | None]] = []
+    train.train(load(recipe(tmp_path, evaluate={"task": "none"})), progress=lambda *facts: seen.append(facts))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 3]
+    assert seen[-1] == (3, 3, lines[1]["loss"]) and lines[1]["loss"] != lines[0]["loss"]
+
+
 def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path: Path) -> None:
     file = tmp_path / "m.jsonl"
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lo')
@@ -94,7 +106,7 @@ def test_evaluation_rows_that_are_lost_are_misses(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = recipe(tmp_path, data={"eval": "rows.jsonl"}, train={"max_length": 48})
     result = runner.invoke(app, ["train", str(file), "--json"])
-    assert "1 of 2 evaluation rows are cut" in result.stderr and "they are misses" in result.stderr
+    assert "cut to train.max_length: 1 of 2 evaluation rows" in result.stderr and "as misses" in result.stderr
     found = json.loads(result.stdout)
     assert found["data"]["eval"] == {"rows": 2, "truncated": 1, "without_target": 1, "tokens_learnt": 2}
     assert found["data"]["train"]["rows"] == 24 and found["run"] == str(tmp_path / "run")
