@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from finetooth.anatomy import Part, Targets, matching, survey
 from finetooth.base import open_base
 from finetooth.checks import check_choice, check_together
+from finetooth.gradients import remove_gradients
 from finetooth.methods import METHODS, Method
+from finetooth.noise import remove_noise
 from finetooth.optim import SelectiveAdamW
 from finetooth.probe import calibrate
 from finetooth.rule import Rule, by_model, by_tensor
@@ -23,7 +25,7 @@ from finetooth.weight import Score
 
 _RULE = ("unit", "pool", "score", "threshold")
 _ROW = ("when", "rest", "state", "mask")
-_OPTIMIZER = ("betas", "eps", "decay_to", "stop_after")
+_OPTIMIZER = ("betas", "eps", "decay_to", "stop_after", "kernels")
 
 
 def build(
@@ -36,7 +38,7 @@ def build(
     max_grad_norm: float | None = 1.0,
     seed: int = 0,
     targets: Targets | None = None,
-    gradients: Literal["auto", "dense"] = "auto",
+    gradients: Literal["auto", "dense", "compact", "structured"] = "auto",
     rounding: Literal["auto", "stochastic", "nearest"] = "auto",
     calibration: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
     base: Any = None,
@@ -49,14 +51,16 @@ def build(
         keep: the share (float) or count (int) of units that trains; None takes the row's.
         targets: "all", "blocks", "linear", patterns of parameter names, or a function name -> bool.
         max_grad_norm: clipping happens inside the step; switch the trainer's own off (`max_grad_norm=0`).
-        gradients: "dense" reads `p.grad`; "auto" does the same today.
+        gradients: how the gradients of compact rows are formed: "dense" (`p.grad`), "compact" (chosen entries alone are
+            kept), "structured" (nothing else is computed), or "auto". The result is the same.
         calibration: batches of `input_ids` [batch, tokens] (and attention_mask, labels) for rows that measure first.
         base: folder, hub id or state dict of the pretrained values. Rows that train whole tensors read it when a delta
             is extracted, and check that it is what the model was at the start. Default: for those rows, the folder
             that transformers loaded the model from.
         overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
-            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after. Choices may
-            be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model", score="snip".
+            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after,
+            kernels. Choices may be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model",
+            score="snip".
 
     Raises ValueError naming what was given and the choices. The model's `requires_grad` flags are set: what does
     not train is False.
@@ -68,8 +72,7 @@ def build(
     """
     row = _row(method)
     _check_names(row, overrides, _OPTIMIZER)
-    if gradients not in ("auto", "dense"):
-        raise ValueError(f"gradients={gradients!r} is unknown: choose auto or dense.")
+    check_choice("gradients", gradients)
     row, rule = _configured(row, survey(model), keep, targets, overrides)
     stats = None
     if row.calibration and (calibration is not None or row.calibration != ("grad",)):
@@ -77,6 +80,8 @@ def build(
             raise ValueError(
                 f"{row.name!r} measures before it chooses: give calibration=batches, dicts with input_ids [batch, tokens]."
             )
+        remove_noise(model)  # an earlier optimizer lets go of the model
+        remove_gradients(model)
         parts = survey(model)
         wanted = matching(rule.targets if rule else "all", parts)
         stats = calibrate(model, calibration, {name: parts[name] for name in wanted}, row.calibration)
@@ -94,6 +99,7 @@ def build(
         state=row.state,
         mask=row.mask,
         rounding=rounding,
+        gradients=gradients,
         model=model,
         stats=stats,
         base=base,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from finetooth import shards
 from finetooth.anatomy import Part
+from finetooth.gradients import ROUTES
 from finetooth.rest import Rest
 from finetooth.rule import Rule, by_tensor, layer, stem
 from finetooth.when import When, once
@@ -23,6 +24,7 @@ CHOICES = {
     "mask": ("gradient", "update"),
     "rounding": ("auto", "stochastic", "nearest"),
     "decay_to": ("zero", "base"),
+    "gradients": ROUTES,
 }
 
 # Pools that hold one whole unit each, where a fraction of a budget would silently be everything.

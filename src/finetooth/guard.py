@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,11 +18,16 @@ class Guard:
 
     def __init__(self, max_norm: float, stop_after: int) -> None:
         self.max_norm, self.stop_after, self.norm = max_norm, stop_after, 0.0
+        self.total = 0.0  # the norm of all gradients of the present step
         self._bad, self._idle = 0, 0
 
-    def passes(self, grads: Mapping[str, Tensor]) -> bool:
-        """Whether all of them are finite; NonFiniteError, naming the first bad tensor, after `stop_after` times in a row."""
-        if torch.isfinite(norm(grads.values())):
+    def passes(self, grads: Mapping[str, Tensor], total: float | None = None) -> bool:
+        """Whether all of them are finite; NonFiniteError, naming the first bad tensor, after `stop_after` times in a row.
+
+        total: their norm, or anything that is finite exactly when all of them are, where it is known already.
+        """
+        self.total = float(norm(grads.values())) if total is None else total
+        if math.isfinite(self.total):
             self._bad = 0
             return True
         self._bad += 1
@@ -43,13 +49,18 @@ class Guard:
             )
         return bool(grads)
 
-    def clip(self, grads: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        """Measure the norm of the gradients in use; the function that brings one to float32 and scales it."""
-        total = norm(grads.values())
-        self.norm = float(total)
-        factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)  # the 1e-6 of torch's clip_grad_norm_
-        clips = bool(self.max_norm) and float(factor) < 1.0
-        return lambda g: g.float().mul_(factor) if clips else g.float()
+    def factor(self, total: float) -> float:
+        """What the gradients in use, of norm `total`, are to be multiplied by: 1 where clipping changes nothing."""
+        self.norm = total
+        if not self.max_norm:
+            return 1.0
+        coefficient = self.max_norm / (torch.tensor(total) + 1e-6)  # float32 and the 1e-6: torch's clip_grad_norm_
+        return min(1.0, float(coefficient))
+
+
+def scaled(g: Tensor, factor: float) -> Tensor:
+    """`g` times a clipping factor; g itself for 1."""
+    return g if factor == 1.0 else g * factor
 
 
 def norm(grads: Iterable[Tensor]) -> Tensor:

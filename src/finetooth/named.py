@@ -46,7 +46,8 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def selections(self) -> dict[str, Selection]:
         """The present selection of every tensor that has one, by parameter name."""
-        return {n: s.selection for n, s in self._slots.items() if s.selection is not None}
+        found = {n: s.seen(tuple(self._parameter(n).shape)) for n, s in self._slots.items()}
+        return {n: selection for n, selection in found.items() if selection is not None}
 
     def names(self) -> list[str]:
         """Every parameter this optimizer knows, trained or not."""

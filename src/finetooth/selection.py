@@ -10,12 +10,14 @@ defines it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from finetooth.kernels import pick
 from finetooth.rule import Rule, layer, stem
 from finetooth.units import WHOLE, Unit
 from finetooth.weight import Score, Weight
@@ -169,9 +171,10 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
     return s
 
 
-def kth_largest(scores: Tensor, k: int) -> Tensor:
-    """The exact k-th largest of a flat tensor, 1 <= k <= n, as a 0-d tensor."""
-    return torch.kthvalue(scores, scores.numel() - k + 1).values
+def kth_largest(scores: Tensor, k: int) -> float:
+    """The exact k-th largest of a flat non-negative tensor, 1 <= k <= n."""
+    found: float = pick("magnitude_cut", scores.device)([scores], k)[0]
+    return found
 
 
 def top(scores: Tensor, k: int, tie: Callable[[], Tensor] | None = None, threshold: bool = False) -> Tensor:
@@ -187,10 +190,32 @@ def top(scores: Tensor, k: int, tie: Callable[[], Tensor] | None = None, thresho
     if k >= scores.numel():
         return torch.arange(scores.numel(), device=scores.device)
     cut = kth_largest(scores, k)
-    if threshold:
-        return (scores >= cut).nonzero().flatten()
-    above, level = (scores > cut).nonzero().flatten(), (scores == cut).nonzero().flatten()
+    above, level = pick("reaching", scores.device)(scores, cut)
     need = k - above.numel()
-    if tie is not None and level.numel() > need:
+    if threshold:
+        need = level.numel()
+    elif tie is not None and level.numel() > need:
         level = level[torch.sort(tie()[level], descending=True, stable=True).indices]
     return torch.cat([above, level[:need]]).sort().values
+
+
+def magnitude_cuts(
+    rule: Rule, grads: Mapping[str, Tensor], seed: int, backend: str = "auto"
+) -> tuple[dict[str, float], float]:
+    """For a threshold on |g|: T by tensor name, and the sum of the squares of all that reaches it.
+
+    The sum is not finite if any gradient is not. A pool that keeps nothing has T = inf.
+    """
+    pools: dict[str, list[str]] = {}
+    for name in grads:
+        pools.setdefault(rule.pool(name), []).append(name)
+    budgets = rule.budgets({pool: sum(grads[n].numel() for n in names) for pool, names in pools.items()}, seed)
+    cuts, total = dict[str, float](), 0.0
+    for pool, names in pools.items():
+        cut, square = math.inf, 0.0
+        if budgets[pool]:
+            held = [grads[n] for n in names]
+            cut, square = pick("magnitude_cut", held[0].device, backend)(held, budgets[pool])
+        total += square
+        cuts.update(dict.fromkeys(names, cut))
+    return cuts, total

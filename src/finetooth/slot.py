@@ -10,7 +10,7 @@ of it along, new ones start at zero with the weight's present value, units that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,25 @@ import torch
 from torch import Tensor
 
 from finetooth.base import Replaced
-from finetooth.kernels import reference
+from finetooth.kernels import pick, reference
 from finetooth.selection import Selection
 from finetooth.units import Unit
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How an update is computed and written: the kernels' backend, and the key of stochastic rounding or None for nearest."""
+
+    backend: str = "auto"
+    key: int | None = None
+
+    def rounded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """float32 values as a weight's dtype."""
+        if self.key is None or dtype == torch.float32:
+            return x.to(dtype)
+        out = torch.empty_like(x, dtype=dtype)
+        pick("round_stochastic", x.device, self.backend)(x, dtype, self.key, out)
+        return out
 
 
 @dataclass
@@ -34,6 +50,21 @@ class Slot:
     exp_avg_sq: Tensor | None = None
     master: Tensor | None = None
     age: int | Tensor = 0
+    bits: Tensor | None = None  # [ceil(n / 8)] uint8: what a threshold chose at the last step, eight entries a byte
+
+    def start_bits(self, p: Tensor) -> Tensor:
+        """Where a kernel writes down what a threshold chooses; it takes the place of a selection."""
+        self.selection = None
+        if self.bits is None:
+            self.bits = torch.empty((p.numel() + 7) // 8, dtype=torch.uint8, device=p.device)
+        return self.bits
+
+    def seen(self, shape: tuple[int, ...]) -> Selection | None:
+        """The present selection, from a list of units or from flags."""
+        if self.selection is not None or self.bits is None:
+            return self.selection
+        index = reference.unpack(self.bits, math.prod(shape)).nonzero().flatten()
+        return Selection(index.to(torch.int32 if math.prod(shape) < 2**31 else torch.int64), Unit(), shape)
 
     @property
     def chosen(self) -> int:
@@ -69,24 +100,63 @@ class Slot:
         ages[there] = self.age[here] if isinstance(self.age, Tensor) else self.age
         return ages
 
-    def update(
-        self, p: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None, rounded: Callable[[Tensor], Tensor]
-    ) -> None:
-        """One AdamW step of the chosen units (compact): g is `[k, u]` float32; p is written in place."""
-        selection = self.selection
-        assert selection is not None and self.exp_avg is not None and self.exp_avg_sq is not None
-        self.age = self.age + 1
-        values = selection.gather(p).float() if self.master is None else self.master
-        target = None if base is None else selection.gather(base)
-        reference.adamw_(values, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=target, **rate)
-        selection.scatter_(p, rounded(values))
+    def update(self, p: Tensor, g: Tensor, rate: dict[str, Any], how: Rounding, base: Tensor | None = None) -> None:
+        """One AdamW step of the chosen units (compact): g is `[k, u]` float32; p is written in place.
 
-    def update_dense(self, x: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None) -> None:
+        base: decay pulls to these values instead of zero.
+        """
+        selection, m, v = self.selection, self.exp_avg, self.exp_avg_sq
+        assert selection is not None and m is not None and v is not None
+        self.age = self.age + 1
+        if selection.unit.kind == "element" and base is None and how.key is None and p.is_contiguous():
+            master = None if self.master is None else self.master.view(-1)
+            kernel = pick("adamw_at_", p.device, how.backend)
+            kernel(p.view(-1), selection.index, g.view(-1), m.view(-1), v.view(-1), master, age=self.age, **rate)
+            return
+        values = selection.gather(p).float() if self.master is None else self.master
+        target = None if base is None else selection.gather(base).float()
+        reference.adamw_(values, g, m, v, age=self.age, decay_to=target, **rate)
+        selection.scatter_(p, how.rounded(values, p.dtype))
+
+    def update_dense(self, x: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None, how: Rounding) -> None:
         """One AdamW step of the whole tensor x (float32), in place."""
+        if base is None:
+            self.update_masked(x, g, rate, Rounding(how.backend))
+            return
         self.start_dense(x)
         assert self.exp_avg is not None and self.exp_avg_sq is not None
         self.age = self.age + 1
         reference.adamw_(x, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=base, **rate)
+
+    def update_masked(
+        self,
+        p: Tensor,
+        g: Tensor,
+        rate: dict[str, Any],
+        how: Rounding,
+        cut: float | None = None,
+        strict: bool = False,
+        scale: float = 1.0,
+        chosen: Tensor | None = None,
+    ) -> None:
+        """One AdamW step of the whole tensor, of any dtype, in place, under the mask |g| >= cut."""
+        self.start_dense(p)
+        self.age = self.age + 1
+        assert isinstance(self.age, int)
+        kernel = pick("masked_adamw_", p.device, how.backend)
+        kernel(
+            p,
+            g,
+            self.exp_avg,
+            self.exp_avg_sq,
+            cut=cut,
+            strict=strict,
+            scale=scale,
+            key=how.key,
+            chosen=chosen,
+            age=self.age,
+            **rate,
+        )
 
     def follow(self, new: Selection, p: Tensor, reset: bool, remember: bool, masters: bool) -> None:
         """Take over a new selection (compact): what left goes back to the base under reset; hold what is replaced."""
@@ -131,7 +201,7 @@ class Slot:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this slot keeps."""
-        held = [self.exp_avg, self.exp_avg_sq, self.master, self.age]
+        held = [self.exp_avg, self.exp_avg_sq, self.master, self.age, self.bits]
         held += [self.selection.index] if self.selection is not None else []
         held += [self.replaced.index, self.replaced.values] if self.replaced is not None else []
         return [t for t in held if isinstance(t, Tensor)]
@@ -139,7 +209,9 @@ class Slot:
     def state(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings, for `torch.save` and `weights_only=True`."""
         out: dict[str, Any] = {"age": self.age}
-        out |= {f: getattr(self, f) for f in ("exp_avg", "exp_avg_sq", "master") if getattr(self, f) is not None}
+        out |= {
+            f: getattr(self, f) for f in ("exp_avg", "exp_avg_sq", "master", "bits") if getattr(self, f) is not None
+        }
         for field in ("selection", "replaced"):
             if (held := getattr(self, field)) is not None:
                 out[field] = {"index": held.index, "unit": [held.unit.kind, held.unit.size], "shape": list(held.shape)}
@@ -156,7 +228,7 @@ class Slot:
 
         slot = Slot(name, age=here(state["age"]))
         slot.exp_avg, slot.exp_avg_sq = here(state.get("exp_avg")), here(state.get("exp_avg_sq"))
-        slot.master = here(state.get("master"))
+        slot.master, slot.bits = here(state.get("master")), here(state.get("bits"))
         for field in ("selection", "replaced"):
             if held := state.get(field):
                 unit, shape, index = Unit(*held["unit"]), tuple(held["shape"]), here(held["index"])

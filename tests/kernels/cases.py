@@ -42,9 +42,12 @@ def masked_adamw(backend: str, device: str) -> None:
                         draw(*shape, seed=4).square(),
                     ]
                     p, m, v = (t.to(where) for t in state)
-                    kernel(p, g.to(where), m, v, cut=cut, strict=strict, scale=0.7, key=key, age=3, **RATES)
-                    found.append([t.cpu() for t in (p, m, v)])
-                (p, m, v), (p0, m0, v0) = found
+                    bits = torch.full(((p.numel() + 7) // 8,), 255, dtype=torch.uint8, device=where)
+                    more = {"chosen": bits} if strict or cut else {}
+                    kernel(p, g.to(where), m, v, cut=cut, strict=strict, scale=0.7, key=key, age=3, **more, **RATES)
+                    found.append([t.cpu() for t in (p, m, v, bits)])
+                (p, m, v, bits), (p0, m0, v0, bits0) = found
+                assert torch.equal(bits, bits0)
                 torch.testing.assert_close(m, m0, **ULPS)
                 torch.testing.assert_close(v, v0, **ULPS)
                 if dtype == torch.float32:

@@ -36,7 +36,7 @@ def dense_reference(base, now, proposed, grads, keep: float, relative: bool):
 def test_against_a_dense_reference(family: str, relative: bool) -> None:
     model = tiny(family)
     base = snapshot(model)
-    opt = finetooth.build("dst", model, keep=0.1, relative=relative, max_grad_norm=None, **RATES)
+    opt = finetooth.build("dst", model, keep=0.1, relative=relative, max_grad_norm=None, kernels="reference", **RATES)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert all(".0." in n or ".1." in n for n in names) and len(names) > 10
     shadow = {n: model.get_parameter(n).detach().clone().requires_grad_() for n in names}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import finetooth
-from finetooth.rest import remove_noise
+from finetooth.noise import remove_noise
 
 from .models import ids, step, tiny
 

@@ -98,6 +98,8 @@ def masked_adamw_(
     strict: bool,  # False: the gradient is masked. True: the moments see all of it, p is written where chosen
     scale: float,  # the gradient is multiplied by it (clipping), after `cut` was compared
     key: int | None,  # stochastic rounding of a low-precision p; None: to nearest
+    chosen: Tensor
+    | None = None,  # [ceil(numel / 8)] uint8, written: bit i % 8 of byte i // 8 says that entry i was chosen
     age: int,
     lr: float,
     betas: tuple[float, float],
@@ -106,9 +108,11 @@ def masked_adamw_(
 ) -> None:
     """One AdamW step of a whole tensor under GMT's mask."""
     grad = g.float() * scale if scale != 1 else g.float()
-    chosen = None if cut is None else g.abs() >= cut
-    if chosen is not None and not strict:
-        grad = grad.masked_fill(~chosen, 0.0)
+    picked = None if cut is None else g.abs() >= cut
+    if picked is not None and not strict:
+        grad = grad.masked_fill(~picked, 0.0)
+    if chosen is not None:
+        chosen.copy_(pack(torch.ones_like(g, dtype=torch.bool) if picked is None else picked))
     x = p.clone() if p.dtype == torch.float32 else p.float()
     adamw_(x, grad, m, v, age=age, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
     new = torch.empty_like(p)
@@ -116,7 +120,23 @@ def masked_adamw_(
         new.copy_(x)
     else:
         round_stochastic(x, p.dtype, key, new)
-    p.copy_(new if chosen is None or not strict else torch.where(chosen, new, p))
+    p.copy_(new if picked is None or not strict else torch.where(picked, new, p))
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Eight flags in a byte, the first in the lowest bit; the last byte is filled up with zeros."""
+    flags = torch.nn.functional.pad(mask.reshape(-1).to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (flags << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack(packed: Tensor, n: int) -> Tensor:
+    """The first n flags again, bool [n].
+
+    >>> unpack(pack(torch.tensor([True, False, True])), 3).tolist()
+    [True, False, True]
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, None] >> shifts) & 1).flatten()[:n].bool()
 
 
 def magnitude_cut(gs: Sequence[Tensor], k: int) -> tuple[float, float]:

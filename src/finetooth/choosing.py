@@ -1,0 +1,211 @@
+"""The part of the optimizer that chooses: it applies the rule, keeps state and gradients in step with it, and proves nothing moved.
+
+    start: select -> origins -> (quantize the rest) -> fingerprints -> noise in, hooks in
+    later: select -> migrate state -> hooks again
+
+How a step then updates what was chosen is in `optim.py`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetooth.anatomy import Part
+from finetooth.gradients import Gradients, remove_gradients
+from finetooth.kernels import reference
+from finetooth.named import NamedOptimizer
+from finetooth.noise import Noise, remove_noise
+from finetooth.rest import Rest, quantize_
+from finetooth.rule import Rule
+from finetooth.selection import Selection, select
+from finetooth.slot import Rounding, Slot
+from finetooth.units import WHOLE
+from finetooth.weight import Unavailable, Weight
+from finetooth.when import When, once
+
+
+class ChoosingOptimizer(NamedOptimizer):
+    """What `SelectiveAdamW` chooses, apart from how it steps."""
+
+    rule: Rule | None
+    when: When
+    rest: Rest
+    _compact: bool
+    _mask: str
+    _rounding: str
+    _masters: bool  # float32 copies of what is chosen of low-precision weights; without, the weight itself is rounded
+    _to_base: bool
+    _model: nn.Module | None
+    _parts: dict[str, Part]
+    _route: str
+    _backend: str
+    _noise: Noise | None = None
+    _gradients: Gradients | None = None
+
+    @torch.no_grad()
+    def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self._attached: dict[str, Noise | Gradients] = {}
+        weakref.finalize(self, _take_out, self._attached)
+        if self._model is not None:
+            remove_noise(self._model)  # of an earlier optimizer
+            remove_gradients(self._model)
+        for p in self._others.values():
+            p.requires_grad_(False)
+        for p in self._parameters().values():
+            p.requires_grad_(True)
+        if self._compact and self.when(0):
+            try:
+                self._select_compact({n: s.get("grad") for n, s in stats.items()}, stats)
+            except Unavailable:  # a score of gradients: the first step's will do, unless calibration was given
+                if stats or self.rest.kind in ("noise", "quantized"):
+                    raise
+        if self.rule is None:
+            for name, p in self._parameters().items():
+                self._slots[name].selection = Selection.whole(tuple(p.shape), p.device)
+        self._rewrote_base = self.rest.kind == "quantized"
+        self._take_origins()
+        if self._rewrote_base:
+            for name, selection in self.selections().items():
+                quantize_(self._parameter(name), selection, self.rest.bits)
+        self._take_prints()
+        if self._to_base and not self._knows_bases():
+            raise ValueError('decay_to="base" needs the pretrained values of what trains: give base=.')
+
+    def _remembers(self, slot: Slot) -> bool:
+        if self.rest.kind == "reset" or not self._compact or self.rule is None:
+            return self.rest.kind == "reset"
+        return self._base is None or self.rule.unit.kind not in WHOLE or self._to_base
+
+    def _never_trains(self, slot: Slot) -> bool:
+        return self.when is once and super()._never_trains(slot)
+
+    def _knows_bases(self) -> bool:
+        return self._base is not None or all(self._remembers(slot) for slot in self._slots.values())
+
+    def _select_compact(self, grads: Mapping[str, Tensor | None], stats: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Select, and let the state follow; the first selection also settles what will never train."""
+        assert self.rule is not None
+        live = self._parameters()
+        found = select(self.rule, [self._weight(n, p, grads.get(n), stats.get(n)) for n, p in live.items()])
+        if not any(s.numel for s in found.values()):
+            raise ValueError(f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.")
+        for name, selection in found.items():
+            slot = self._slots[name]
+            slot.follow(selection, live[name], self.rest.kind == "reset", self._remembers(slot), self._masters)
+        self._settle()
+        self._gather()
+
+    def _settle(self) -> None:
+        """After a final selection: tensors without a chosen unit compute no gradient; noise goes in."""
+        if self.when is not once:
+            return
+        for name, p in self._parameters().items():
+            p.requires_grad_(self._slots[name].chosen > 0)
+        if self.rest.kind == "noise":
+            assert self._model is not None
+            forwards = self._noise.forwards if self._noise else 0
+            columns = {n: s for n, s in self.selections().items() if len(s) < s.unit.count(s.shape)}
+            self._noise = Noise(self._model, columns, self.rest.bits, self.seed)
+            self._noise.forwards = forwards
+            self._attached["noise"] = self._noise
+
+    def _gather(self) -> None:
+        """Gather the gradients of what is chosen, where that is worth it; dense at a step that selects by them."""
+        selections = self.selections()
+        if self._route == "dense" or not self._compact or not selections:
+            return
+        if self._gradients is not None:
+            self._gradients.remove()
+        self._gradients = Gradients(self._model, self._parameters(), selections, self._route)
+        self._gradients.pause(self._selects())
+        self._attached["gradients"] = self._gradients
+
+    def _selects(self) -> bool:
+        """Whether the present step makes a selection."""
+        return (
+            self.rule is not None
+            and self.when(self.steps)
+            and not (self._compact and self.steps == 0 and self._selected())
+        )
+
+    # -- what a step asks -------------------------------------------------------------------------
+
+    def _selected(self) -> bool:
+        return any(slot.chosen for slot in self._slots.values())
+
+    def _target(self, name: str) -> Tensor | None:
+        """Where weight decay pulls to: None for zero."""
+        if not self._to_base:
+            return None
+        base = self._pretrained(name)
+        assert base is not None  # _start has asked
+        return base.float()
+
+    def _how(self, name: str) -> Rounding:
+        """How this step writes a tensor of low precision: from a master to nearest, else as asked, or without bias."""
+        nearest = self._rounding == "nearest" or (self._compact and self._masters)
+        return Rounding(self._backend, None if nearest else reference.key(self.seed, "round", name, self.steps))
+
+    def _weight(
+        self,
+        name: str,
+        p: Tensor,
+        grad: Tensor | None,
+        stats: Mapping[str, Tensor] | None = None,
+        proposed: Callable[[str], Tensor] | None = None,
+    ) -> Weight:
+        part = self._parts[name]
+        assert self.rule is not None
+
+        def turn(x: Tensor) -> Tensor:
+            return x.transpose(-1, -2) if part.transposed else x
+
+        return Weight(
+            name,
+            turn(p.detach()),
+            grad=None if grad is None else turn(grad),
+            base=lambda: turn(self._known(name)),
+            proposed=None if proposed is None else lambda: turn(proposed(name)),
+            stats=stats,
+            seed=self.seed,
+            step=self.steps,
+            unit=self.rule.unit,
+            transposed=bool(part.transposed),
+        )
+
+    def _known(self, name: str) -> Tensor:
+        base = self._pretrained(name)
+        if base is None:
+            raise Unavailable(f"the score reads w.base, and the pretrained value of {name!r} is not held: give base=.")
+        return base
+
+    def _choices(self) -> dict[str, Any]:
+        rule, rest = self.rule, self.rest
+        return {
+            "unit": "all" if rule is None else str(rule.unit),
+            "state": "compact" if self._compact else "dense",
+            "mask": self._mask,
+            "rest": f"{rest.kind}({rest.bits}, {rest.zero_moments})",
+            "rounding": self._rounding,
+        }
+
+    def _extra_state(self) -> dict[str, Any]:
+        return {"forwards": self._noise.forwards if self._noise else 0}
+
+    def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        if self._selected():
+            self._settle()
+            self._gather()
+        if self._noise:
+            self._noise.forwards = extra["forwards"]
+
+
+def _take_out(attached: dict[str, Noise | Gradients]) -> None:
+    """The model is as it was, once its optimizer is gone."""
+    for part in attached.values():
+        part.remove()

@@ -1,0 +1,150 @@
+"""Where the gradients of what was chosen come from: `dense`, `compact` or `structured`, all with the same result.
+
+`dense`       `p.grad`, as autograd leaves it.
+`compact`     the chosen entries alone are kept, in float32. An `nn.Linear` does not form the others (`linear.py`); of
+              everything else (Conv1D, experts, embeddings, tied weights, losses that multiply with the head's weight
+              themselves) a hook gathers them from `p.grad` as soon as it is complete, and drops it, so that one
+              dense gradient is alive at a time.
+`structured`  the same with the promise that no dense gradient is formed at all: an error where a hook would be needed.
+
+"auto" is `compact` for compact rows of elements, blocks, rows and columns. Whole matrices and layers keep `p.grad`, which
+holds nothing but what trains. At a step that selects by gradient, every route gives way to dense gradients (`pause`).
+
+Gradients gathered here are not in `p.grad`: `clip_grad_norm_` and loss scaling do not see them. The optimizer clips,
+and refuses a loss scaler. Under DDP they are averaged over ranks in `step`, k numbers a tensor instead of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from finetooth import linear, shards
+from finetooth.linear import Chosen
+from finetooth.selection import Selection
+
+ROUTES = ("auto", "dense", "compact", "structured")
+_ATTRIBUTE = "_finetooth_gradients"
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
+
+
+class Gradients:
+    """The gathered gradients of one model, from construction until `remove`."""
+
+    def __init__(
+        self, model: nn.Module | None, parameters: Mapping[str, Tensor], selections: Mapping[str, Selection], route: str
+    ) -> None:
+        self.chosen: dict[str, Chosen] = {}
+        self.paused = False
+        self._handles: list[Any] = []
+        self._linears: list[nn.Linear] = []
+        self._model, self._ignored = model, list[str]()
+        if model is not None:
+            remove_gradients(model)
+            model.__dict__[_ATTRIBUTE] = self
+        owners = {} if model is None else _owners(model)
+        for name, selection in selections.items():
+            if not len(selection) or not linear.structured(selection.unit):
+                continue
+            owner = owners.get(name)
+            if owner is None and route == "structured":
+                raise ValueError(
+                    f"gradients='structured' needs an nn.Linear of its own for {name!r}: choose 'compact' or 'auto'."
+                )
+            chosen = self.chosen[name] = Chosen(name, selection)
+            if owner is not None:
+                self._linears.append(linear.attach(owner, chosen, getattr(owner, "noise", None)))
+            # Also for a linear layer: a loss that multiplies with its weight itself goes past the layer's forward.
+            hook = parameters[name].register_post_accumulate_grad_hook(_Gather(chosen))  # type: ignore[no-untyped-call]
+            self._handles.append(hook)
+        self._keep_from_ddp()
+
+    def _keep_from_ddp(self) -> None:
+        """DDP would average zeros of the size of the weights. It refuses a model that leaves it nothing: the smallest stays."""
+        if self._model is None or not self.chosen:
+            return
+        known, sizes = list(getattr(self._model, _DDP_IGNORES, [])), dict(self._model.named_parameters())
+        left = [name for name in self.chosen if name not in known]
+        if not any(p.requires_grad for name, p in sizes.items() if name not in self.chosen):
+            left.remove(min(left, key=lambda name: sizes[name].numel()))
+        self._ignored = left
+        self._model.__dict__[_DDP_IGNORES] = known + left
+
+    def names(self) -> list[str]:
+        """The tensors whose gradients are gathered here."""
+        return list(self.chosen)
+
+    def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The gradients so far, `[k, unit_numel]` float32 by parameter name, averaged over ranks.
+
+        A `p.grad` that somebody set by hand counts too.
+        """
+        found = {}
+        for name, chosen in self.chosen.items():
+            if (dense := parameters[name].grad) is not None:
+                chosen.add(chosen.selection.gather(dense).float())
+            if shards.world() > 1 and chosen.grad is None:  # every rank must take part for every tensor
+                chosen.zero()
+            if chosen.grad is not None:
+                found[name] = chosen.grad
+        if shards.world() > 1:
+            shards.reduce_(found.values(), "mean")
+        return found
+
+    def clear(self) -> None:
+        """Forget them."""
+        for chosen in self.chosen.values():
+            chosen.clear()
+
+    def pause(self, paused: bool) -> None:
+        """While paused, gradients are dense and in `p.grad`."""
+        self.paused = paused
+        for chosen in self.chosen.values():
+            chosen.active = not paused
+
+    def remove(self) -> None:
+        """Take out hooks and give modules their class back."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._linears:
+            noise = getattr(module, "noise", None)
+            linear.detach(module) if noise is None else linear.attach(module, None, noise)
+        if self._model is not None and self._ignored:
+            left = [name for name in getattr(self._model, _DDP_IGNORES, []) if name not in self._ignored]
+            self._model.__dict__[_DDP_IGNORES] = left
+        self._handles.clear()
+        self._linears.clear()
+        self.chosen.clear()
+
+
+class _Gather:
+    """After a gradient is complete: keep the chosen entries, drop the rest."""
+
+    def __init__(self, chosen: Chosen) -> None:
+        self.chosen = chosen
+
+    def __call__(self, p: Tensor) -> None:
+        if self.chosen.active and p.grad is not None:
+            self.chosen.add(self.chosen.selection.gather(p.grad).float())
+            p.grad = None
+
+
+def _owners(model: nn.Module) -> dict[str, nn.Linear]:
+    """By parameter name, the `nn.Linear` that alone holds it as its weight."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            holders[id(p)] = holders.get(id(p), 0) + 1
+    found = {}
+    for path, module in model.named_modules():
+        if type(module) in (nn.Linear, linear.SelectiveLinear) and holders[id(module.weight)] == 1:
+            found[f"{path}.weight" if path else "weight"] = module
+    return found
+
+
+def remove_gradients(model: nn.Module) -> None:
+    """Give a model's gradients back to autograd, if an optimizer gathers them."""
+    if (gradients := model.__dict__.pop(_ATTRIBUTE, None)) is not None:
+        gradients.remove()
