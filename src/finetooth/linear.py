@@ -85,17 +85,20 @@ class SelectiveLinear(nn.Linear):
         learns = chosen is not None and chosen.active and torch.is_grad_enabled()
         if not learns and noise is None:
             return functional.linear(input, self.weight, self.bias)
-        x, b = input, self.bias
-        w: Tensor = self.weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, w, b = x.to(dtype), w.to(dtype), None if b is None else b.to(dtype)
+        x, w, b = (_cast(t, input.device) for t in (input, self.weight, self.bias))
         leaf = chosen.leaf(x.device) if learns and chosen is not None else None
         index = chosen.selection.index if learns and chosen is not None else None
         unit = str(chosen.selection.unit) if learns and chosen is not None else ""
         drawn = (None, None, None, 0, "", None) if noise is None else noise.draw()
         y: Tensor = _Linear.apply(x, w, b, leaf, index, unit, *drawn)  # type: ignore[no-untyped-call]
         return y
+
+
+def _cast(t: Tensor | None, device: torch.device) -> Any:
+    """A tensor as autocast, if it is on, would have it."""
+    if t is None or not torch.is_autocast_enabled(device.type):
+        return t
+    return t.to(torch.get_autocast_dtype(device.type))
 
 
 def attach(module: nn.Linear, chosen: Chosen | None, noise: Any) -> SelectiveLinear:

@@ -106,6 +106,21 @@ def test_gift_sw_compiled_and_checkpointed() -> None:
     assert close(ended[0], ended[1]) and close(ended[0], ended[2])
 
 
+def test_autocast() -> None:
+    """Under bf16 autocast the products are bf16's; the gathered gradient is a float32 sum of them."""
+    grads = []
+    for route in ("dense", "compact"):
+        model = tiny("llama")
+        opt = finetooth.build("random", model, gradients=route, keep=0.1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        found = opt._collected()
+        grads.append({n: s.gather(found[n]) if route == "dense" else found[n] for n, s in opt.selections().items()})
+    for name, g in grads[0].items():  # bf16 has 8 bits: 2^-8 of the largest, and a sum of 32 terms
+        assert (g - grads[1][name]).abs().max() <= 2**-6 * g.abs().max(), name
+
+
 def test_tied_weights_and_losses_that_go_past_the_head() -> None:
     given = {"targets": ["model.embed_tokens.weight", "*.up_proj.weight"], "keep": 0.2}
     assert close(trained("llama-tied", "dense", **given), trained("llama-tied", "compact", **given))
