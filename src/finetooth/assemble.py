@@ -26,6 +26,7 @@ from finetooth.weight import Score
 _RULE = ("unit", "pool", "score", "threshold")
 _ROW = ("when", "rest", "state", "mask")
 _OPTIMIZER = ("betas", "eps", "decay_to", "stop_after", "kernels")
+_PLAIN = ("lr", "weight_decay", "max_grad_norm", "seed", "rounding")  # the optimizer's own names for them
 
 
 def build(
@@ -70,7 +71,42 @@ def build(
     >>> {name: len(s) for name, s in opt.selections().items()}
     {'0.weight': 4, '1.weight': 2}
     """
-    row = _row(method)
+    return SelectiveAdamW(
+        **arranged(
+            method,
+            model,
+            lr=lr,
+            keep=keep,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+            targets=targets,
+            gradients=gradients,
+            rounding=rounding,
+            calibration=calibration,
+            base=base,
+            **overrides,
+        )
+    )
+
+
+def arranged(
+    method: str | Score | Method,
+    model: nn.Module,
+    *,
+    keep: float | int | Mapping[str, float | int] | None = None,
+    targets: Targets | None = None,
+    gradients: str = "auto",
+    calibration: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
+    base: Any = None,
+    **given: Any,
+) -> dict[str, Any]:
+    """The arguments of `SelectiveAdamW` that `build` makes of its own; calibration happens here.
+
+    `given` is the rest of what `build` takes. A plan makes the same arguments of a model without values (`rehearsal.py`).
+    """
+    row, plain = _row(method), {name: value for name, value in given.items() if name in _PLAIN}
+    overrides = {name: value for name, value in given.items() if name not in _PLAIN}
     _check_names(row, overrides, _OPTIMIZER)
     check_choice("gradients", gradients)
     row, rule = _configured(row, survey(model), keep, targets, overrides)
@@ -87,24 +123,20 @@ def build(
         stats = calibrate(model, calibration, {name: parts[name] for name in wanted}, row.calibration)
     if base is None and (rule is None or row.state == "dense" or row.rest.kind == "quantized"):
         base = loaded_from(model)
-    return SelectiveAdamW(
-        model.named_parameters(),
-        rule,
-        row.when,
-        row.rest,
-        lr=lr,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        seed=seed,
-        state=row.state,
-        mask=row.mask,
-        rounding=rounding,
-        gradients=gradients,
-        model=model,
-        stats=stats,
-        base=base,
+    return {
+        "named_parameters": model.named_parameters(),
+        "rule": rule,
+        "when": row.when,
+        "rest": row.rest,
+        "state": row.state,
+        "mask": row.mask,
+        "gradients": gradients,
+        "model": model,
+        "stats": stats,
+        "base": base,
+        **plain,
         **{name: overrides[name] for name in _OPTIMIZER if name in overrides},
-    )
+    }
 
 
 def loaded_from(model: nn.Module) -> str | None:

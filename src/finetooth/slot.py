@@ -1,8 +1,8 @@
 """What the optimizer remembers about one tensor, and how that moves when the selection does.
 
 Dense slots hold moments of the weight's shape. Compact slots hold, for k chosen units of u entries, moments
-`[k, u]`, the age of every unit, and for weights of less than 32 bits a float32 master `[k, u]`, because a
-bf16 weight swallows most steps of a small learning rate. When a selection changes, units that stay carry all
+`[k, u]`, the age of every unit, and for weights of less than 32 bits a master `[k, u]` that makes them float32,
+because a bf16 weight swallows most steps of a small learning rate. When a selection changes, units that stay carry all
 of it along, new ones start at zero with the weight's present value, units that left are dropped.
 
 `replaced` holds the pretrained values of what trains, which is enough to rebuild the base tensor.
@@ -48,7 +48,7 @@ class Slot:
     replaced: Replaced | None = None
     exp_avg: Tensor | None = None
     exp_avg_sq: Tensor | None = None
-    master: Tensor | None = None
+    master: Tensor | None = None  # what makes low-precision weights float32 (see `reference.exact`)
     age: int | Tensor = 0
     bits: Tensor | None = None  # [ceil(n / 8)] uint8: what a threshold chose at the last step, eight entries a byte
 
@@ -81,7 +81,7 @@ class Slot:
         """Take over a new selection (compact slots); masters: hold float32 copies of weights of less."""
         old, shape = self.selection, (len(new), new.unit.numel(new.shape))
         m, v = torch.zeros(shape, device=p.device), torch.zeros(shape, device=p.device)
-        master = new.gather(p).float() if masters and p.dtype != torch.float32 else None
+        master = _master(new, p) if masters and p.dtype != torch.float32 else None
         if old is not None and len(old) and len(new):
             here, there = _shared(old.index, new.index)
             assert self.exp_avg is not None and self.exp_avg_sq is not None
@@ -113,10 +113,13 @@ class Slot:
             kernel = pick("adamw_at_", p.device, how.backend)
             kernel(p.view(-1), selection.index, g.view(-1), m.view(-1), v.view(-1), master, age=self.age, **rate)
             return
-        values = selection.gather(p).float() if self.master is None else self.master
+        values = reference.exact(selection.gather(p), self.master)
         target = None if base is None else selection.gather(base).float()
         reference.adamw_(values, g, m, v, age=self.age, decay_to=target, **rate)
-        selection.scatter_(p, how.rounded(values, p.dtype))
+        if how.key is None:
+            selection.scatter_(p, reference.remembered(values, p.dtype, self.master))
+        else:
+            selection.scatter_(p, how.rounded(values, p.dtype))
 
     def update_dense(self, x: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None, how: Rounding) -> None:
         """One AdamW step of the whole tensor x (float32), in place."""
@@ -239,6 +242,13 @@ class Slot:
                 )
                 setattr(slot, field, made)
         return slot
+
+
+def _master(selection: Selection, p: Tensor) -> Tensor:
+    """For weights that are what their masters say: nothing is missing of bfloat16, and float16 is copied."""
+    if p.dtype == torch.bfloat16:
+        return torch.zeros(len(selection), selection.unit.numel(selection.shape), dtype=torch.int16, device=p.device)
+    return selection.gather(p).float()
 
 
 def _shared(old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

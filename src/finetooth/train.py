@@ -176,7 +176,7 @@ def load(recipe: Recipe, folder: Path) -> Job:
 
 def optimizer(job: Job) -> SelectiveAdamW:
     """The method's optimizer, calibrated on rows of the training data where it wants that."""
-    recipe, rate = job.recipe, job.recipe.optimizer
+    recipe = job.recipe
     row = METHODS[recipe.method.name]
     rows = job.train.examples[: recipe.method.calibration_rows]
     batches = (
@@ -187,24 +187,26 @@ def optimizer(job: Job) -> SelectiveAdamW:
     base: Any = loaded_from(job.model)
     if base is None and row.state == "dense" and row.rest.kind != "reset":  # its names are not the checkpoint's
         base = {name: p.detach().clone().cpu() for name, p in job.model.named_parameters()}
-    return build(
-        recipe.method.name,
-        job.model,
-        lr=rate.lr,
-        keep=recipe.method.keep,
-        targets=recipe.method.targets,
-        weight_decay=rate.weight_decay,
-        max_grad_norm=rate.max_grad_norm,
-        betas=rate.betas,
-        eps=rate.eps,
-        rounding=rate.rounding,
-        decay_to=rate.decay_to,
-        seed=recipe.train.seed,
-        stop_after=recipe.train.stop_after_nonfinite,
-        calibration=batches,
-        base=base,
-        **(recipe.method.model_extra or {}),
-    )
+    return build(recipe.method.name, job.model, calibration=batches, base=base, **settings(recipe))
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says to `build`, apart from the model, calibration batches and base."""
+    rate, method = recipe.optimizer, recipe.method
+    return {
+        "lr": rate.lr,
+        "keep": method.keep,
+        "targets": method.targets,
+        "weight_decay": rate.weight_decay,
+        "max_grad_norm": rate.max_grad_norm,
+        "betas": rate.betas,
+        "eps": rate.eps,
+        "rounding": rate.rounding,
+        "decay_to": rate.decay_to,
+        "seed": recipe.train.seed,
+        "stop_after": recipe.train.stop_after_nonfinite,
+        **(method.model_extra or {}),
+    }
 
 
 class Trainer(SFTTrainer):

@@ -64,16 +64,23 @@ def adamw_at(backend: str, device: str) -> None:
     ours, theirs = twins(backend, "adamw_at_", device)
     for n, k in ((1, 0), (1, 1), (100, 0), (100, 7), (5000, 5000), (100_003, 1001)):
         index = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values.int()
-        for dtype, has_master in ((torch.float32, False), (torch.bfloat16, True), (torch.bfloat16, False)):
+        plain = [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None)]
+        for dtype, kind in (*plain, (torch.bfloat16, torch.int16), (torch.float16, torch.float32)):
             for ages in (4, torch.randint(1, 9, (k,), generator=torch.Generator().manual_seed(5)).int()):
                 found = []
                 for kernel, where in ((ours, device), (theirs, "cpu")):
                     p = draw(n, seed=1, dtype=dtype).to(where)
                     m, v = (draw(k, seed=2) * 0.1).to(where), draw(k, seed=3).square().to(where)
-                    master = p[index.long().to(where)].float() if has_master else None
+                    master = None if kind is None else p[index.long().to(where)].float()
+                    if kind == torch.int16:
+                        master = torch.randint(-(2**15), 2**15, (k,), generator=torch.Generator().manual_seed(6))
+                        master = master.to(torch.int16).to(where)
+                    values = [] if master is None else [master]
                     age = ages if isinstance(ages, int) else ages.to(where)
                     kernel(p, index.to(where), draw(k, seed=4).to(where), m, v, master, age=age, **RATES)
-                    found.append([t.float().cpu() for t in (p, m, v, *([master] if has_master else []))])
+                    if kind == torch.int16:
+                        values = [reference.exact(p[index.long().to(where)], master)]
+                    found.append([t.float().cpu() for t in (p, m, v, *values)])
                 loose = ULPS if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-7}
                 for i, (a, b) in enumerate(zip(*found, strict=True)):
                     torch.testing.assert_close(a, b, **(loose if i == 0 else ULPS))

@@ -93,3 +93,17 @@ def test_normals_are_normal_and_positional() -> None:
     assert abs(float((z[:-1] * z[1:]).mean())) < 5 / n**0.5  # neighbours, which share a hash
     table = reference.normal_table().double()
     assert abs(float(table.square().mean()) - 1) < 1e-6 and 4.2 < float(table.max()) < 4.4
+
+
+def test_two_bytes_make_a_bfloat16_weight_exact() -> None:
+    """Over every low half, both signs, both neighbours: nearest-even weights, and the value again but for the tie that goes down."""
+    low = torch.arange(1 << 16, dtype=torch.int32)
+    for high in (0x0000, 0x0001, 0x3F80, 0x3F81, 0x7F7F):
+        for sign in (0, -(1 << 31)):
+            values = (low + (high << 16) + sign).view(torch.float32)
+            master = torch.zeros(1 << 16, dtype=torch.int16)
+            x = reference.remembered(values, torch.bfloat16, master)
+            assert torch.equal(x.view(torch.int16), values.bfloat16().view(torch.int16))
+            back = reference.exact(x, master).view(torch.int32) - values.view(torch.int32)
+            moved = back.nonzero().flatten().tolist()
+            assert moved == ([0x8000] if high % 2 == 0 else []) and back.abs().max() <= 1

@@ -24,11 +24,13 @@ from finetooth.kernels.numba_core import (
     ALONE,
     Array,
     compiled,
+    exact,
     flat,
     flat_,
     hash64,
     known,
     narrow,
+    remember,
     rounded,
     spread,
     unsigned,
@@ -58,7 +60,7 @@ def adamw_at_(
     g: Tensor,  # [k] float32
     m: Tensor,  # [k] float32, updated in place
     v: Tensor,  # [k] float32, updated in place
-    master: Tensor | None,  # [k] float32, updated in place: the exact values of low-precision weights
+    master: Tensor | None,  # [k], updated in place: the exact values of low-precision weights, see `reference.exact`
     *,
     age: int | Tensor,
     lr: float,
@@ -72,8 +74,8 @@ def adamw_at_(
         return
     ages, roots, steps = _by_age(age, lr, betas)
     rates = _rates(lr, betas, eps, weight_decay)
-    exact = None if master is None else flat_(master)
-    arrays = (flat_(p), flat(index), flat(g), flat_(m), flat_(v), exact, rates, ages, roots, steps)
+    masters = None if master is None else flat_(master)
+    arrays = (flat_(p), flat(index), flat(g), flat_(m), flat_(v), masters, rates, ages, roots, steps)
     spread(_at, index.numel(), arrays, ALONE // 4)
     written([p, m, v] if master is None else [p, m, v, master])
 
@@ -245,17 +247,6 @@ def _pack(packed: Any, start: int, g: Array, cut: Any, everything: bool, flags: 
 
 
 @compiled()
-def _value(master: Any, i: Any, p: Any, at: Any) -> Any:
-    return widen(p[at]) if master is None else master[i]
-
-
-@compiled()
-def _keep(master: Any, i: Any, x: Any) -> None:
-    if master is not None:
-        master[i] = x
-
-
-@compiled()
 def _slot(ages: Any, i: Any) -> Any:
     return 0 if ages is None else ages[i]
 
@@ -267,10 +258,10 @@ def _at(part: int, start: int, stop: int, arrays: Any) -> None:
     for i in range(start, stop):
         at, age = index[i], _slot(ages, i)
         mean, square = _moments(g[i], m[i], v[i], w1, b2, w2)
-        x = _value(master, i, p, at) * decay + steps[age] * mean / (np.sqrt(square) / roots[age] + eps)
+        x = exact(p[at], master, i) * decay + steps[age] * mean / (np.sqrt(square) / roots[age] + eps)
         m[i], v[i] = mean, square
-        _keep(master, i, x)
         p[at] = narrow(x, p)
+        remember(x, p[at], master, i)
 
 
 @compiled(fastmath={"reassoc", "contract"})

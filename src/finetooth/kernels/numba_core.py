@@ -163,7 +163,7 @@ def _overload_widen(x: Any) -> Any:
         return lambda x: x
     if x == numba.uint16:
         return lambda x: from_bits(np.uint32(np.uint32(x) << np.uint32(16)))
-    return _widen_half if x == numba.int16 else None
+    return (lambda x: _widen_half(x)) if x == numba.int16 else None
 
 
 def _overload_narrow(x: Any, like: Any) -> Any:
@@ -174,8 +174,51 @@ def _overload_narrow(x: Any, like: Any) -> Any:
     return (lambda x, like: _narrow_half(x)) if like.dtype == numba.int16 else None
 
 
+def exact(x: Any, master: Any, i: Any) -> Any:
+    """`reference.exact` of one weight and of entry i of the masters."""
+    raise NotImplementedError("for compiled code")
+
+
+def remember(value: Any, x: Any, master: Any, i: Any) -> None:
+    """What `reference.remembered` does to entry i of the masters, when a value has been rounded to x."""
+    raise NotImplementedError("for compiled code")
+
+
+@compiled()
+def _joined(x: Any, low: Any) -> Any:
+    return from_bits(np.uint32(np.uint32(np.uint32(x) << np.uint32(16)) + np.uint32(np.int32(low))))
+
+
+@compiled()
+def _missing(value: Any, x: Any) -> Any:
+    low = np.int32(np.uint32(to_bits(value) - np.uint32(np.uint32(x) << np.uint32(16))))
+    return np.int16(min(low, np.int32(32767)))
+
+
+def _overload_exact(x: Any, master: Any, i: Any) -> Any:
+    if isinstance(master, numba.types.NoneType):
+        return lambda x, master, i: widen(x)
+    if master.dtype == numba.float32:
+        return lambda x, master, i: master[i]
+    return lambda x, master, i: _joined(x, master[i])
+
+
+def _overload_remember(value: Any, x: Any, master: Any, i: Any) -> Any:
+    def keep(value: Any, x: Any, master: Any, i: Any) -> None:
+        master[i] = value
+
+    def part(value: Any, x: Any, master: Any, i: Any) -> None:
+        master[i] = _missing(value, x)
+
+    if isinstance(master, numba.types.NoneType):
+        return lambda value, x, master, i: None
+    return keep if master.dtype == numba.float32 else part
+
+
 overload(widen, strict=False)(_overload_widen)
 overload(narrow, strict=False)(_overload_narrow)
+overload(exact, strict=False)(_overload_exact)
+overload(remember, strict=False)(_overload_remember)
 
 
 # -- hashes ----------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def adamw_at_(
     g: Tensor,  # [k] float32
     m: Tensor,  # [k] float32, updated in place
     v: Tensor,  # [k] float32, updated in place
-    master: Tensor | None,  # [k] float32, updated in place: the exact values of low-precision weights
+    master: Tensor | None,  # [k], updated in place: the exact values of low-precision weights, see `exact`
     *,
     age: int | Tensor,
     lr: float,
@@ -73,7 +73,7 @@ def adamw_at_(
 ) -> None:
     """Gather the chosen entries, one AdamW step, scatter; a master is rounded to nearest, so is p without one."""
     at = index.long()
-    values = p[at].float() if master is None else master
+    values = exact(p[at], master)
     adamw_(
         values[:, None],
         g[:, None],
@@ -85,7 +85,32 @@ def adamw_at_(
         eps=eps,
         weight_decay=weight_decay,
     )
-    p[at] = values.to(p.dtype)
+    p[at] = remembered(values, p.dtype, master)
+
+
+def exact(x: Tensor, master: Tensor | None) -> Tensor:
+    """The float32 values of weights `x` that are rounded: a master itself if it is float32, which is then not copied.
+
+    Of a bfloat16 weight, an int16 master holds what is missing of the bits: those of the value, less those of the
+    weight with 16 zeros after them. Two bytes do what four did.
+    """
+    if master is None:
+        return x.float()
+    if master.dtype == torch.float32:
+        return master
+    return ((x.view(torch.int16).int() << 16) + master).view(torch.float32)
+
+
+def remembered(values: Tensor, dtype: torch.dtype, master: Tensor | None) -> Tensor:
+    """float32 values rounded to nearest even; an int16 master takes what is lost (a float32 one is `values` already).
+
+    The weight is always that of a float32 master. The master itself moves by one last place where a value lies
+    exactly between two weights and the even one is below: one time in 131,072.
+    """
+    x = values.to(dtype)
+    if master is not None and master.dtype == torch.int16:
+        master.copy_((values.view(torch.int32) - (x.view(torch.int16).int() << 16)).clamp_(max=32767))
+    return x
 
 
 def masked_adamw_(

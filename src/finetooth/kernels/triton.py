@@ -89,17 +89,20 @@ def _adamw_at(
     root: tl.tensor,
     step: tl.tensor,
     eps: tl.tensor,
-    MASTER: tl.constexpr,
+    MASTER: tl.constexpr,  # 0: none; 1: float32; 2: int16, what the bits of a bfloat16 weight lack
     AGES: tl.constexpr,  # every entry has its own age: `root` and `step` are not used
     BLOCK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < k
     position = tl.load(index + at, mask=mask, other=0).to(tl.int64) * stride
-    if MASTER:
+    if MASTER == 1:
         x = tl.load(master + at, mask=mask, other=0.0)
     else:
         x = tl.load(p + position, mask=mask, other=0.0).to(tl.float32)
+    if MASTER == 2:
+        low = tl.load(master + at, mask=mask, other=0).to(tl.int32)
+        x = (x.to(tl.int32, bitcast=True) + low).to(tl.float32, bitcast=True)
     if AGES:
         t = tl.load(age + at, mask=mask, other=1).to(tl.float64)
         root = tl.sqrt(1.0 - tl.exp2(t * log2)).to(tl.float32)
@@ -109,9 +112,13 @@ def _adamw_at(
     x, m1, v1 = _adamw(x, grad, m1, v1, decay, rise1, beta2, rise2, root, step, eps)
     tl.store(m + at, m1, mask=mask)
     tl.store(v + at, v1, mask=mask)
-    if MASTER:
+    new = nearest(x, p.dtype.element_ty)
+    tl.store(p + position, new, mask=mask)
+    if MASTER == 1:
         tl.store(master + at, x, mask=mask)
-    tl.store(p + position, nearest(x, p.dtype.element_ty), mask=mask)
+    if MASTER == 2:
+        low = x.to(tl.int32, bitcast=True) - new.to(tl.float32).to(tl.int32, bitcast=True)
+        tl.store(master + at, tl.minimum(low, 32767).to(tl.int16), mask=mask)
 
 
 def adamw_at_(
@@ -151,7 +158,7 @@ def adamw_at_(
             log2,
             *_factors(age if isinstance(age, int) else 1, lr, betas, weight_decay),
             float(eps),
-            MASTER=master is not None,
+            MASTER=0 if master is None else 1 if master.dtype == torch.float32 else 2,
             AGES=ages is not None,
             BLOCK=size,
             num_warps=4,
