@@ -58,11 +58,6 @@ class Guard:
         return min(1.0, float(coefficient))
 
 
-def scaled(g: Tensor, factor: float) -> Tensor:
-    """`g` times a clipping factor; g itself for 1."""
-    return g if factor == 1.0 else g * factor
-
-
 def norm(grads: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, in float32: float16's own would overflow at 65504.
 

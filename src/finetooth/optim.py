@@ -29,12 +29,13 @@ from finetooth import shards
 from finetooth.anatomy import guess, matching, survey, tied
 from finetooth.checks import check_choice, check_named, check_parameter, check_parts, check_rates, check_together
 from finetooth.choosing import ChoosingOptimizer
-from finetooth.guard import Guard, norm, scaled
+from finetooth.guard import Guard, norm
 from finetooth.kernels import check as check_backend
 from finetooth.rest import Rest, frozen
 from finetooth.rule import Rule
 from finetooth.scores import gradient
 from finetooth.selection import Selection, magnitude_cuts, select, select_pools
+from finetooth.units import WHOLE
 from finetooth.when import When, once
 
 State = Literal["compact", "dense"]
@@ -191,10 +192,12 @@ class SelectiveAdamW(ChoosingOptimizer):
             if self.when is once and not self.steps:
                 self._take_prints()
         chosen = {n: s for n in live if (s := self._slots[n].selection) is not None and len(s)}
-        used = {n: grads[n] if n in gathered else s.gather(grads[n]).float() for n, s in chosen.items()}
-        factor, rates = self._guard.factor(float(norm(used.values()))), self._rates()
+        as_is = gathered | {n for n, s in chosen.items() if s.unit.kind in WHOLE}
+        used = {n: grads[n] if n in as_is else s.gather(grads[n]) for n, s in chosen.items()}
+        total = self._guard.total if used.keys() == grads.keys() <= as_is else float(norm(used.values()))
+        factor, rates = self._guard.factor(total), self._rates()
         for name, g in used.items():
-            self._slots[name].update(live[name], scaled(g, factor), rates[name], self._how(name), self._target(name))
+            self._slots[name].update(live[name], g, rates[name], self._how(name), factor, self._target(name))
 
     def _by_threshold(self) -> bool:
         """Whether this step and the next mask by the magnitude of the gradient, which needs no list of what is chosen."""
@@ -236,7 +239,7 @@ class SelectiveAdamW(ChoosingOptimizer):
                 slot.update_masked(p, grads[name], rates[name], self._how(name), scale=factor)
                 continue
             x = p.detach().float() if p.dtype != torch.float32 else p
-            slot.update_dense(x, scaled(grads[name].float(), factor), rates[name], target, self._how(name))
+            slot.update_dense(x, grads[name], rates[name], target, self._how(name), factor)
             if x is not p:
                 p.copy_(self._how(name).rounded(x, p.dtype))
 
@@ -248,8 +251,8 @@ class SelectiveAdamW(ChoosingOptimizer):
         def propose(name: str) -> Tensor:
             if name not in proposals:
                 x = live[name].detach().clone() if live[name].dtype == torch.float32 else live[name].detach().float()
-                g = scaled(grads[name].float(), factor)
-                self._slots[name].update_dense(x, g, rates[name], self._target(name), self._how(name))
+                slot, target = self._slots[name], self._target(name)
+                slot.update_dense(x, grads[name], rates[name], target, self._how(name), factor)
                 proposals[name] = x
             return proposals[name]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from finetooth.base import Replaced
 from finetooth.kernels import pick, reference
 from finetooth.selection import Selection
-from finetooth.units import Unit
+from finetooth.units import WHOLE, Unit
 
 
 @dataclass(frozen=True)
@@ -100,35 +100,51 @@ class Slot:
         ages[there] = self.age[here] if isinstance(self.age, Tensor) else self.age
         return ages
 
-    def update(self, p: Tensor, g: Tensor, rate: dict[str, Any], how: Rounding, base: Tensor | None = None) -> None:
-        """One AdamW step of the chosen units (compact): g is `[k, u]` float32; p is written in place.
+    def update(
+        self,
+        p: Tensor,
+        g: Tensor,
+        rate: dict[str, Any],
+        how: Rounding,
+        scale: float = 1.0,
+        base: Tensor | None = None,
+    ) -> None:
+        """One AdamW step of the chosen units (compact): g is `[k, u]`, or of the weight's shape where all of it trains.
 
         base: decay pulls to these values instead of zero.
         """
         selection, m, v = self.selection, self.exp_avg, self.exp_avg_sq
         assert selection is not None and m is not None and v is not None
         self.age = self.age + 1
-        if selection.unit.kind == "element" and base is None and how.key is None and p.is_contiguous():
+        kind, kernel, flat = selection.unit.kind, pick("adamw_at_", p.device, how.backend), p.is_contiguous()
+        grad, state = g.reshape(-1), (m.view(-1), v.view(-1))
+        if kind in ("element", *WHOLE) and base is None and how.key is None and flat:
             master = None if self.master is None else self.master.view(-1)
-            kernel = pick("adamw_at_", p.device, how.backend)
-            kernel(p.view(-1), selection.index, g.view(-1), m.view(-1), v.view(-1), master, age=self.age, **rate)
+            index = selection.index if kind == "element" else None
+            kernel(p.view(-1), index, grad, *state, master, scale=scale, age=self.age, **rate)
             return
         values = reference.exact(selection.gather(p), self.master)
-        target = None if base is None else selection.gather(base).float()
-        reference.adamw_(values, g, m, v, age=self.age, decay_to=target, **rate)
+        if base is None and isinstance(self.age, int):
+            kernel(values.view(-1), None, grad, *state, None, scale=scale, age=self.age, **rate)
+        else:
+            target, g = None if base is None else selection.gather(base).float(), reference.scaled(g, scale)
+            reference.adamw_(values, g.view(m.shape), m, v, age=self.age, decay_to=target, **rate)
         if how.key is None:
             selection.scatter_(p, reference.remembered(values, p.dtype, self.master))
         else:
             selection.scatter_(p, how.rounded(values, p.dtype))
 
-    def update_dense(self, x: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None, how: Rounding) -> None:
+    def update_dense(
+        self, x: Tensor, g: Tensor, rate: dict[str, Any], base: Tensor | None, how: Rounding, scale: float
+    ) -> None:
         """One AdamW step of the whole tensor x (float32), in place."""
         if base is None:
-            self.update_masked(x, g, rate, Rounding(how.backend))
+            self.update_masked(x, g, rate, Rounding(how.backend), scale=scale)
             return
         self.start_dense(x)
         assert self.exp_avg is not None and self.exp_avg_sq is not None
         self.age = self.age + 1
+        g = reference.scaled(g, scale)
         reference.adamw_(x, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=base, **rate)
 
     def update_masked(

@@ -63,6 +63,7 @@ def masked_adamw(backend: str, device: str) -> None:
 def adamw_at(backend: str, device: str) -> None:
     ours, theirs = twins(backend, "adamw_at_", device)
     for n, k in ((1, 0), (1, 1), (100, 0), (100, 7), (5000, 5000), (100_003, 1001)):
+        every = n == k > 1
         index = torch.randperm(n, generator=torch.Generator().manual_seed(0))[:k].sort().values.int()
         plain = [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None)]
         for dtype, kind in (*plain, (torch.bfloat16, torch.int16), (torch.float16, torch.float32)):
@@ -77,7 +78,9 @@ def adamw_at(backend: str, device: str) -> None:
                         master = master.to(torch.int16).to(where)
                     values = [] if master is None else [master]
                     age = ages if isinstance(ages, int) else ages.to(where)
-                    kernel(p, index.to(where), draw(k, seed=4).to(where), m, v, master, age=age, **RATES)
+                    g = draw(k, seed=4, dtype=dtype).to(where)
+                    at = None if every else index.to(where)
+                    kernel(p, at, g, m, v, master, scale=0.7, age=age, **RATES)
                     if kind == torch.int16:
                         values = [reference.exact(p[index.long().to(where)], master)]
                     found.append([t.float().cpu() for t in (p, m, v, *values)])

@@ -56,12 +56,13 @@ TOKENS = 512  # of two operands transposed at a time: 8 MB of float32 for 4096 f
 
 def adamw_at_(
     p: Tensor,  # flat [n], any float dtype, updated in place at `index`
-    index: Tensor,  # [k] sorted positions
-    g: Tensor,  # [k] float32
+    index: Tensor | None,  # [k] sorted positions; None: all, k = n
+    g: Tensor,  # [k], any float dtype
     m: Tensor,  # [k] float32, updated in place
     v: Tensor,  # [k] float32, updated in place
     master: Tensor | None,  # [k], updated in place: the exact values of low-precision weights, see `reference.exact`
     *,
+    scale: float = 1.0,  # the gradient is multiplied by it (clipping)
     age: int | Tensor,
     lr: float,
     betas: tuple[float, float],
@@ -70,13 +71,15 @@ def adamw_at_(
 ) -> None:
     """Gather the chosen entries, one AdamW step, scatter; a master is rounded to nearest, so is p without one."""
     if not known(p):
-        reference.adamw_at_(p, index, g, m, v, master, age=age, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        rate: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        reference.adamw_at_(p, index, g, m, v, master, scale=scale, age=age, **rate)
         return
     ages, roots, steps = _by_age(age, lr, betas)
     rates = _rates(lr, betas, eps, weight_decay)
     masters = None if master is None else flat_(master)
-    arrays = (flat_(p), flat(index), flat(g), flat_(m), flat_(v), masters, rates, ages, roots, steps)
-    spread(_at, index.numel(), arrays, ALONE // 4)
+    at, grad = None if index is None else flat(index), flat(g if known(g) else g.float())
+    arrays = (flat_(p), at, grad, flat_(m), flat_(v), masters, rates, np.float32(scale), ages, roots, steps)
+    spread(_at, g.numel(), arrays, ALONE // 4)
     written([p, m, v] if master is None else [p, m, v, master])
 
 
@@ -247,17 +250,22 @@ def _pack(packed: Any, start: int, g: Array, cut: Any, everything: bool, flags: 
 
 
 @compiled()
+def _place(index: Any, i: Any) -> Any:
+    return i if index is None else index[i]
+
+
+@compiled()
 def _slot(ages: Any, i: Any) -> Any:
     return 0 if ages is None else ages[i]
 
 
 @compiled()
 def _at(part: int, start: int, stop: int, arrays: Any) -> None:
-    p, index, g, m, v, master, rates, ages, roots, steps = arrays
+    p, index, g, m, v, master, rates, scale, ages, roots, steps = arrays
     decay, w1, b2, w2, eps = rates[0], rates[1], rates[2], rates[3], rates[4]
     for i in range(start, stop):
-        at, age = index[i], _slot(ages, i)
-        mean, square = _moments(g[i], m[i], v[i], w1, b2, w2)
+        at, age = _place(index, i), _slot(ages, i)
+        mean, square = _moments(widen(g[i]) * scale, m[i], v[i], w1, b2, w2)
         x = exact(p[at], master, i) * decay + steps[age] * mean / (np.sqrt(square) / roots[age] + eps)
         m[i], v[i] = mean, square
         p[at] = narrow(x, p)

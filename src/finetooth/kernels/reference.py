@@ -59,12 +59,13 @@ def adamw_(
 
 def adamw_at_(
     p: Tensor,  # flat [n], any float dtype, updated in place at `index`
-    index: Tensor,  # [k] sorted positions
-    g: Tensor,  # [k] float32
+    index: Tensor | None,  # [k] sorted positions; None: all, k = n
+    g: Tensor,  # [k], any float dtype
     m: Tensor,  # [k] float32, updated in place
     v: Tensor,  # [k] float32, updated in place
     master: Tensor | None,  # [k], updated in place: the exact values of low-precision weights, see `exact`
     *,
+    scale: float = 1.0,  # the gradient is multiplied by it (clipping)
     age: int | Tensor,
     lr: float,
     betas: tuple[float, float],
@@ -72,20 +73,17 @@ def adamw_at_(
     weight_decay: float = 0.0,
 ) -> None:
     """Gather the chosen entries, one AdamW step, scatter; a master is rounded to nearest, so is p without one."""
-    at = index.long()
+    at = slice(None) if index is None else index.long()
     values = exact(p[at], master)
-    adamw_(
-        values[:, None],
-        g[:, None],
-        m[:, None],
-        v[:, None],
-        age=age,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-    )
-    p[at] = remembered(values, p.dtype, master)
+    table = [t[:, None] for t in (values, scaled(g, scale), m, v)]
+    adamw_(*table, age=age, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+    if index is not None or p.dtype != torch.float32:  # else `values` are p
+        p[at] = remembered(values, p.dtype, master)
+
+
+def scaled(g: Tensor, scale: float) -> Tensor:
+    """A gradient in float32, times a clipping factor; g itself where that changes nothing."""
+    return g.float() if scale == 1 else g.float() * scale
 
 
 def exact(x: Tensor, master: Tensor | None) -> Tensor:
@@ -132,7 +130,7 @@ def masked_adamw_(
     weight_decay: float = 0.0,
 ) -> None:
     """One AdamW step of a whole tensor under GMT's mask."""
-    grad = g.float() * scale if scale != 1 else g.float()
+    grad = scaled(g, scale)
     picked = None if cut is None else g.abs() >= cut
     if picked is not None and not strict:
         grad = grad.masked_fill(~picked, 0.0)

@@ -89,13 +89,15 @@ def _adamw_at(
     root: tl.tensor,
     step: tl.tensor,
     eps: tl.tensor,
+    scale: tl.tensor,
+    EVERY: tl.constexpr,  # there is no index
     MASTER: tl.constexpr,  # 0: none; 1: float32; 2: int16, what the bits of a bfloat16 weight lack
     AGES: tl.constexpr,  # every entry has its own age: `root` and `step` are not used
     BLOCK: tl.constexpr,
 ) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < k
-    position = tl.load(index + at, mask=mask, other=0).to(tl.int64) * stride
+    position = at * stride if EVERY else tl.load(index + at, mask=mask, other=0).to(tl.int64) * stride
     if MASTER == 1:
         x = tl.load(master + at, mask=mask, other=0.0)
     else:
@@ -108,7 +110,7 @@ def _adamw_at(
         root = tl.sqrt(1.0 - tl.exp2(t * log2)).to(tl.float32)
         step = (-lr / (1.0 - tl.exp2(t * log1))).to(tl.float32)
     m1, v1 = tl.load(m + at, mask=mask, other=0.0), tl.load(v + at, mask=mask, other=0.0)
-    grad = tl.load(g + at, mask=mask, other=0.0)
+    grad = tl.load(g + at, mask=mask, other=0.0).to(tl.float32) * scale
     x, m1, v1 = _adamw(x, grad, m1, v1, decay, rise1, beta2, rise2, root, step, eps)
     tl.store(m + at, m1, mask=mask)
     tl.store(v + at, v1, mask=mask)
@@ -123,12 +125,13 @@ def _adamw_at(
 
 def adamw_at_(
     p: Tensor,
-    index: Tensor,
+    index: Tensor | None,
     g: Tensor,
     m: Tensor,
     v: Tensor,
     master: Tensor | None,
     *,
+    scale: float = 1.0,
     age: int | Tensor,
     lr: float,
     betas: tuple[float, float],
@@ -136,7 +139,7 @@ def adamw_at_(
     weight_decay: float = 0.0,
 ) -> None:
     """See `reference.adamw_at_`."""
-    k = index.numel()
+    k = g.numel()
     if not k:
         return
     size = block(k, 1024)
@@ -145,12 +148,12 @@ def adamw_at_(
     with written(m, v, *([] if master is None else [master])) as state:
         _adamw_at[(triton.cdiv(k, size),)](
             p,
-            index.contiguous(),
+            p if index is None else index.contiguous(),
             g.detach().contiguous(),
             state[0],
             state[1],
             state[-1],
-            index if ages is None else ages,
+            p if ages is None else ages,
             k,
             p.stride(0),
             float(lr),
@@ -158,6 +161,8 @@ def adamw_at_(
             log2,
             *_factors(age if isinstance(age, int) else 1, lr, betas, weight_decay),
             float(eps),
+            float(scale),
+            EVERY=index is None,
             MASTER=0 if master is None else 1 if master.dtype == torch.float32 else 2,
             AGES=ages is not None,
             BLOCK=size,
