@@ -16,6 +16,7 @@ from torch import nn
 RATES: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
 # hidden, layers, intermediate, heads, vocabulary; embeddings tied
 SIZES = {
+    "tiny": (256, 1, 256, 2, 2048),  # what a process warms up on
     "1M": (128, 4, 352, 4, 2048),
     "10M": (320, 7, 880, 5, 4096),
     "35M": (512, 10, 1408, 8, 8192),

@@ -3,10 +3,13 @@
     python benchmarks/steps.py --sizes 107M --tokens 2x128 --measure memory
     python benchmarks/steps.py --sizes 1M,10M,35M,107M,300M --tokens 4x512 --measure time --rounds 3
 
-A round runs every contender once, one after the other, so that a slow minute of the machine meets all of them. Time is that of
-forward, backward and optimizer step, the median over the steps of a process, and then over rounds. Memory is the
-peak of the resident set above that of the loaded model (on a GPU, of allocated memory), in processes of their own in
-which freed memory goes back at once. Appends to benchmarks/results/steps.csv; `tables.py` makes the tables of it.
+A round runs every contender once, one after the other, so that a slow minute of the machine meets all of them, and a
+ratio is taken within a round. Time is that of forward, backward and optimizer step, the median over the steps of a process.
+Memory is the peak of the resident set above that of the loaded model (on a GPU, of allocated memory), in processes in
+which freed memory goes back at once. Two things are measured apart: what it takes to build the contender (calibration,
+selection, adapters), `build_s` and `build_mb`, and what its libraries and their compiled kernels take once in a process,
+`library_mb`: the growth while a tiny model is trained before the model is loaded. Appends a line for every process to benchmarks/results/steps.csv, as soon as it
+is done; `tables.py` makes tables and plots of them.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import gc
 import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,23 +40,68 @@ def once(job: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from peers import CONTENDERS, SIZES, llama
+    from peers import CONTENDERS, llama
 
     device = job["device"]
     torch.set_num_threads(job["threads"])
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[job["dtype"]]
+    tiny = llama("tiny", dtype).to(device)
+    before = memory(device, reset=True)
+    train(job, *CONTENDERS[job["contender"]](tiny), steps=2)
+    del tiny
+    gc.collect()
+    library = memory(device, reset=True) - before
     model = llama(job["size"], dtype).to(device)
     weights = sum(p.numel() for p in model.parameters())
     if job["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     base = memory(device, reset=True)
+    began = clock(device)
     run, opt = CONTENDERS[job["contender"]](model)
-    run.train()
+    built = clock(device) - began
+    build_peak = memory(device, reset=False)
     memory(device, reset=True)
-    rows, length = job["tokens"]
-    parts, vocab = [], SIZES[job["size"]][-1]
-    for step in range(job["steps"]):
+    parts, loss = train(job, run, opt, job["steps"])
+    peak = memory(device, reset=False)
+    kept = parts[job["steps"] // 4 + 1 :]  # the first ones compile kernels and fill caches
+    state = (
+        opt.state_bytes()
+        if hasattr(opt, "state_bytes")
+        else sum(
+            t.numel() * t.element_size() for s in opt.inner.state.values() for t in s.values() if torch.is_tensor(t)
+        )
+    )
+    times = sorted(sum(p) for p in kept)
+    seconds = {
+        "build_s": built,
+        "step_s": statistics.median(times),
+        "step_s_min": times[0],
+        "step_s_max": times[-1],
+        "forward_s": statistics.median(p[0] for p in kept),
+        "backward_s": statistics.median(p[1] for p in kept),
+        "optimizer_s": statistics.median(p[2] for p in kept),
+        "outside_share": statistics.median(p[2] / sum(p) for p in kept),
+    }
+    return {
+        "weights": weights,
+        "library_mb": round(library / 2**20, 1),
+        "build_mb": round((build_peak - base) / 2**20, 1),
+        "peak_mb": round((peak - base) / 2**20, 1),
+        "state_mb": round(state / 2**20, 2),
+        **{name: float(f"{value:.5g}") for name, value in seconds.items()},
+        "loss": round(loss, 4),
+    }
+
+
+def train(job: dict[str, Any], run: Any, opt: Any, steps: int) -> tuple[list[list[float]], float]:
+    """Seconds of forward, backward and optimizer of every step, and the last loss."""
+    import torch
+
+    run.train()
+    device, (rows, length) = job["device"], job["tokens"]
+    parts, loss, vocab = [], torch.zeros(()), run.config.vocab_size
+    for step in range(steps):
         ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(step)).to(device)
         marks = [clock(device)]
         loss = run(input_ids=ids, labels=ids, use_cache=False).loss
@@ -61,25 +112,7 @@ def once(job: dict[str, Any]) -> dict[str, Any]:
         opt.zero_grad()
         marks.append(clock(device))
         parts.append([b - a for a, b in itertools.pairwise(marks)])
-    peak = memory(device, reset=False)
-    kept = parts[job["steps"] // 4 + 1 :]  # the first ones compile kernels and fill caches
-    state = (
-        opt.state_bytes()
-        if hasattr(opt, "state_bytes")
-        else sum(
-            t.numel() * t.element_size() for s in opt.inner.state.values() for t in s.values() if torch.is_tensor(t)
-        )
-    )
-    return {
-        "weights": weights,
-        "peak_mb": round((peak - base) / 2**20, 1),
-        "state_mb": round(state / 2**20, 2),
-        "step_s": statistics.median(sum(p) for p in kept),
-        "forward_s": statistics.median(p[0] for p in kept),
-        "backward_s": statistics.median(p[1] for p in kept),
-        "optimizer_s": statistics.median(p[2] for p in kept),
-        "loss": float(loss),
-    }
+    return parts, float(loss.detach())
 
 
 def clock(device: str) -> float:
@@ -91,14 +124,14 @@ def clock(device: str) -> float:
 
 
 def memory(device: str, reset: bool) -> int:
-    """Peak bytes since the last reset."""
+    """Peak bytes since the last reset; with a reset, the bytes in use now."""
     if device != "cpu":
         import torch
 
-        peak = torch.cuda.max_memory_allocated()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return peak
+        if not reset:
+            return torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
     status = Path("/proc/self/status").read_text()
     now, peak = (int(status.split(f"{key}:")[1].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
     if reset:
@@ -128,59 +161,46 @@ def hardware(device: str) -> str:
     return f"{found[0].split(':')[1].strip() if found else platform.machine()}, {os.cpu_count()} cores"
 
 
-def rounds(args: argparse.Namespace, size: str, contenders: list[str]) -> None:
-    job = {
-        "size": size,
-        "tokens": [int(n) for n in args.tokens.split("x")],
-        "dtype": args.dtype,
-        "checkpointing": args.checkpointing,
-        "device": args.device,
-        "threads": args.threads,
-        "steps": args.steps,
+def installed(library: str) -> str:
+    """Its version; nothing where it is missing, which only its own contenders mind."""
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
+
+
+def commit() -> str:
+    """The commit that is measured, "-dirty" if files differ from it; nothing outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def rounds(args: argparse.Namespace, run: dict[str, Any], size: str, contenders: list[str]) -> None:
+    settings = {
         "measure": args.measure,
+        "size": size,
+        "dtype": args.dtype,
+        "tokens": args.tokens,
+        "checkpointing": args.checkpointing,
+        "steps": args.steps,
     }
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
-    for _ in range(args.rounds):
+    where = {"device": args.device, "threads": args.threads, "tokens": [int(n) for n in args.tokens.split("x")]}
+    for number in range(args.rounds):
         for name in contenders:
-            found[name].append(child({**job, "contender": name}))
-            last = found[name][-1]
-            sys.stderr.write(f"{size} {args.dtype} {name}: {last['step_s']:.3f} s, {last['peak_mb']} MB\n")
-    import torch
-
-    for name, runs in found.items():
-        times = sorted(r["step_s"] for r in runs)
-        middle = {k: statistics.median(r[k] for r in runs) for k in runs[0]}
-        write(
-            {
-                "date": datetime.date.today().isoformat(),
-                "hardware": hardware(args.device),
-                "threads": args.threads,
-                "torch": torch.__version__,
-                "measure": args.measure,
-                "contender": name,
-                "size": size,
-                "weights": runs[0]["weights"],
-                "dtype": args.dtype,
-                "tokens": args.tokens,
-                "checkpointing": args.checkpointing,
-                "rounds": args.rounds,
-                "step_s": round(middle["step_s"], 4),
-                "step_s_min": round(times[0], 4),
-                "step_s_max": round(times[-1], 4),
-                "forward_s": round(middle["forward_s"], 4),
-                "backward_s": round(middle["backward_s"], 4),
-                "optimizer_s": round(middle["optimizer_s"], 4),
-                "outside_share": round(middle["optimizer_s"] / middle["step_s"], 4),
-                "peak_mb": middle["peak_mb"],
-                "state_mb": middle["state_mb"],
-            }
-        )
+            found = child({**settings, **where, "contender": name})
+            write(args.results, {**run, **settings, "contender": name, "round": number, **found})
+            sys.stderr.write(f"{size} {args.dtype} {name}: {found['step_s']:.3f} s, {found['peak_mb']} MB\n")
 
 
-def write(line: dict[str, Any]) -> None:
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, list(line))
+def write(results: Path, line: dict[str, Any]) -> None:
+    new = not results.exists()
+    if not new and results.open().readline().strip() != ",".join(line):
+        sys.exit(f"{results} has other columns: move it away, or give --results.")
+    with results.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(line), lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(line)
@@ -188,7 +208,7 @@ def write(line: dict[str, Any]) -> None:
 
 def main() -> None:
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from peers import CONTENDERS
+    from peers import CONTENDERS, SIZES
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="107M")
@@ -201,13 +221,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         sys.stdout.write(json.dumps(once(json.loads(args.job))) + "\n")
         return
-    for size in args.sizes.split(","):
-        rounds(args, size, args.contenders.split(","))
+    contenders, sizes = args.contenders.split(","), args.sizes.split(",")
+    for given, known in ((contenders, CONTENDERS), (sizes, SIZES)):
+        if odd := [name for name in given if name not in known]:
+            parser.error(f"{odd[0]!r} is unknown: there are {', '.join(known)}.")
+    if args.steps < 3:
+        parser.error(f"--steps {args.steps}: the first quarter and one more are not counted, so give at least 3.")
+    run = {
+        "run": datetime.datetime.now().isoformat(timespec="seconds"),
+        "hardware": hardware(args.device),
+        "threads": args.threads,
+        **{name: installed(name) for name in ("torch", "transformers", "peft")},
+        "commit": commit(),
+        "command": shlex.join(["python", "benchmarks/steps.py", *sys.argv[1:]]),
+    }
+    for size in sizes:
+        rounds(args, run, size, contenders)
 
 
 if __name__ == "__main__":
