@@ -158,6 +158,7 @@ class ChoosingOptimizer(NamedOptimizer):
         grad: Tensor | None,
         stats: Mapping[str, Tensor] | None = None,
         proposed: Callable[[str], Tensor] | None = None,
+        base: Callable[[str], Tensor] | None = None,
     ) -> Weight:
         part = self._parts[name]
         assert self.rule is not None
@@ -169,7 +170,7 @@ class ChoosingOptimizer(NamedOptimizer):
             name,
             turn(p.detach()),
             grad=None if grad is None else turn(grad),
-            base=lambda: turn(self._known(name)),
+            base=lambda: turn((base or self._known)(name)),
             proposed=None if proposed is None else lambda: turn(proposed(name)),
             stats=stats,
             seed=self.seed,

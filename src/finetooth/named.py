@@ -93,7 +93,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         slot, p = self._slots.get(name), self._parameter(name).detach()
         if slot is None:
             return p
-        if (slot.replaced is not None or name in self._prints or not self.steps) and not self._rewrote_base:
+        if (slot.knows_base or name in self._prints or not self.steps) and not self._rewrote_base:
             return slot.original(p)
         return None if self._base is None else self._base.tensor(name).to(p)
 
@@ -117,7 +117,7 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def _remembers(self, slot: Slot) -> bool:
         """Whether the base values of what trains in this slot are held, or will be."""
-        return slot.replaced is not None
+        return slot.knows_base
 
     def _never_trains(self, slot: Slot) -> bool:
         """Whether nothing in this slot is chosen, now and later."""

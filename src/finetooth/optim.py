@@ -244,9 +244,10 @@ class SelectiveAdamW(ChoosingOptimizer):
                 p.copy_(self._how(name).rounded(x, p.dtype))
 
     def _step_update(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
-        """Dense moments, chosen entries written; pool by pool, so that one pool's proposals are alive."""
+        """Dense moments, chosen entries written; pool by pool, so that one pool's proposals and base are alive."""
         assert self.rule is not None
-        factor, rates, proposals = self._guard.factor(self._guard.total), self._rates(), dict[str, Tensor]()
+        factor, rates = self._guard.factor(self._guard.total), self._rates()
+        proposals, bases = dict[str, Tensor](), dict[str, Tensor]()
 
         def propose(name: str) -> Tensor:
             if name not in proposals:
@@ -256,18 +257,22 @@ class SelectiveAdamW(ChoosingOptimizer):
                 proposals[name] = x
             return proposals[name]
 
+        def base(name: str) -> Tensor:
+            if name not in bases:
+                bases[name] = self._known(name)
+            return bases[name]
+
+        def write(name: str, selection: Selection | None) -> None:
+            new, reset = self._how(name).rounded(propose(name), live[name].dtype), self.rest.kind == "reset"
+            self._slots[name].write(live[name], new, selection, base(name) if reset else None, self.rest.zero_moments)
+            del proposals[name]
+            bases.pop(name, None)
+
         if self._selects():
-            weights = (self._weight(n, p, grads[n], proposed=propose) for n, p in live.items())
+            weights = (self._weight(n, p, grads[n], proposed=propose, base=base) for n, p in live.items())
             for found in select_pools(self.rule, weights):
                 for name, selection in found.items():
-                    self._write(name, live[name], propose(name), selection)
-                    del proposals[name]
+                    write(name, selection)
         else:
             for name, p in live.items():
-                self._write(name, p, propose(name), self._slots[name].selection)
-                del proposals[name]
-
-    def _write(self, name: str, p: Tensor, proposed: Tensor, selection: Selection | None) -> None:
-        """Write the chosen entries of a proposal, and what `rest` says into the others."""
-        new = self._how(name).rounded(proposed, p.dtype)
-        self._slots[name].write(p, new, selection, self.rest.kind == "reset", self.rest.zero_moments)
+                write(name, self._slots[name].seen(tuple(p.shape)))

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finetooth.kernels import pick
+
 SHRINK_STEPS, SHRINK = 80, 0.01
 
 
@@ -30,13 +32,9 @@ def steps(
     w = w.float() if kept is None else w.float()[:, ~kept]
     if w.shape[1] == 0:
         return torch.zeros(w.shape[0], 1, device=w.device)
-    full: Tensor = w.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    best: Tensor = full
-    error = torch.full_like(full, float("inf"))
-    for i in range(SHRINK_STEPS):
-        step = full * (1 - SHRINK * i)
-        e = (w - _round(w, step, bits)).square().sum(1, keepdim=True)
-        best, error = torch.where(e < error, step, best), torch.minimum(e, error)
+    fit, top = pick("best_steps", w.device), 2 ** (bits - 1) - 1
+    fractions = [1 - SHRINK * i for i in range(SHRINK_STEPS)]
+    best: Tensor = fit(w, w.abs().amax(1, keepdim=True) / top, fractions, top)
     return best
 
 

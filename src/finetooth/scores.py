@@ -52,8 +52,8 @@ def distance(relative: bool = False) -> Score:
 
     def score(w: Weight) -> Tensor:
         base = w.base.float()
-        moved = (w.proposed - base).abs()
-        return moved / (base.abs() + 1e-8) if relative else moved
+        moved = (w.proposed - base).abs_()
+        return moved.div_(base.abs() + 1e-8) if relative else moved
 
     score.tie = gradient  # type: ignore[attr-defined]
     return score

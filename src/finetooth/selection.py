@@ -81,7 +81,9 @@ class Selection:
     @staticmethod
     def whole(shape: tuple[int, ...], device: torch.device | str = "cpu", unit: Unit = Unit("matrix")) -> Selection:
         """Everything: every unit of the tensor."""
-        return Selection(_ids(torch.arange(unit.count(shape), device=device)), unit, shape)
+        n = unit.count(shape)
+        index = torch.arange(n, dtype=torch.int32 if n < 2**31 else torch.int64, device=device)
+        return Selection(index, unit, shape)
 
 
 def _ids(index: Tensor) -> Tensor:
@@ -166,7 +168,8 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
             f"score {name!r} returned shape {tuple(s.shape)} for {w.name!r}: expected the weight's "
             f"{tuple(w.value.shape)}, or one value for each of its {n} units ({unit})."
         )
-    if s.numel() and not (torch.isfinite(s).all() and s.min() >= 0):
+    low, high = s.aminmax() if s.numel() else (s.new_zeros(()), s.new_zeros(()))  # either is NaN if any entry is
+    if not (low >= 0 and high < math.inf):
         raise ValueError(f"score {name!r} is negative or not finite in {w.name!r}: a score is a non-negative number.")
     return s
 
@@ -196,7 +199,19 @@ def top(scores: Tensor, k: int, tie: Callable[[], Tensor] | None = None, thresho
         need = level.numel()
     elif tie is not None and level.numel() > need:
         level = level[torch.sort(tie()[level], descending=True, stable=True).indices]
-    return torch.cat([above, level[:need]]).sort().values
+    return _merged(above, level[:need].sort().values)
+
+
+def _merged(a: Tensor, b: Tensor) -> Tensor:
+    """Two sorted lists of different ids as one; b is short, so that nothing of a's length is sorted."""
+    if not b.numel():
+        return a
+    at = torch.searchsorted(a, b) + torch.arange(len(b), device=b.device)
+    first = torch.ones(len(a) + len(b), dtype=torch.bool, device=b.device)
+    first[at] = False
+    out = torch.empty(len(first), dtype=a.dtype, device=a.device)
+    out[at], out[first] = b, a
+    return out
 
 
 def magnitude_cuts(

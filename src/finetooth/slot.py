@@ -5,7 +5,8 @@ Dense slots hold moments of the weight's shape. Compact slots hold, for k chosen
 because a bf16 weight swallows most steps of a small learning rate. When a selection changes, units that stay carry all
 of it along, new ones start at zero with the weight's present value, units that left are dropped.
 
-`replaced` holds the pretrained values of what trains, which is enough to rebuild the base tensor.
+`replaced` holds the pretrained values of what trains, which is enough to rebuild the base tensor. Where many single
+entries train (DST), `bits` and `held` do the same with a bit for every entry instead of four bytes for every chosen one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from finetooth.base import Replaced
 from finetooth.kernels import pick, reference
 from finetooth.selection import Selection
 from finetooth.units import WHOLE, Unit
+
+PLAIN = ("exp_avg", "exp_avg_sq", "master", "bits", "held")  # what a slot's state holds as it is
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Slot:
     exp_avg_sq: Tensor | None = None
     master: Tensor | None = None  # what makes low-precision weights float32 (see `reference.exact`)
     age: int | Tensor = 0
-    bits: Tensor | None = None  # [ceil(n / 8)] uint8: what a threshold chose at the last step, eight entries a byte
+    bits: Tensor | None = None  # [ceil(n / 8)] uint8: what was chosen at the last step, eight entries a byte
+    held: Tensor | None = None  # [k] the base values under `bits`, in the weight's dtype
 
     def start_bits(self, p: Tensor) -> Tensor:
         """Where a kernel writes down what a threshold chooses; it takes the place of a selection."""
@@ -63,13 +67,19 @@ class Slot:
         """The present selection, from a list of units or from flags."""
         if self.selection is not None or self.bits is None:
             return self.selection
-        index = reference.unpack(self.bits, math.prod(shape)).nonzero().flatten()
-        return Selection(index.to(torch.int32 if math.prod(shape) < 2**31 else torch.int64), Unit(), shape)
+        return Selection(pick("positions", self.bits.device)(self.bits, math.prod(shape)), Unit(), shape)
 
     @property
     def chosen(self) -> int:
-        """The number of entries chosen now."""
+        """The number of entries chosen now, where that is known without counting flags."""
+        if self.held is not None:
+            return self.held.numel()
         return 0 if self.selection is None else self.selection.numel
+
+    @property
+    def knows_base(self) -> bool:
+        """Whether the pretrained values of what trains are held here."""
+        return self.replaced is not None or self.held is not None
 
     def start_dense(self, p: Tensor) -> None:
         """Moments for every entry, once."""
@@ -192,35 +202,49 @@ class Slot:
             self.replaced = self.replaced or Replaced.empty(new.unit, p)
             self.replaced.remember(new.index, p)
 
-    def write(self, p: Tensor, new: Tensor, selection: Selection | None, reset: bool, zero_moments: bool) -> None:
-        """Write the chosen entries of `new` (dense); under reset every other one becomes the base.
+    def write(
+        self, p: Tensor, new: Tensor, selection: Selection | None, base: Tensor | None, zero_moments: bool
+    ) -> None:
+        """Write the chosen entries of `new` (dense); where a base is given, every other one becomes that.
 
-        Without a selection, in a dense warm-up, all of `new` is written, and under reset all of p is remembered.
+        Without a selection, in a dense warm-up, all of `new` is written, and all of the base is held.
         """
         if selection is None:
-            if reset and self.replaced is None:
-                self.replaced = Replaced.empty(Unit(), p)
-                self.replaced.remember(Selection.whole(tuple(p.shape), p.device, Unit()).index, p)
+            if base is not None and not self.knows_base:
+                self._hold(Selection.whole(tuple(p.shape), p.device, Unit()), base)
             p.copy_(new)
             return
-        if reset:
-            base = self.original(p)
-            self.replaced = Replaced(selection.unit, selection.shape, selection.index, selection.gather(base))
+        if base is None:
+            self.selection = selection
+        else:
+            self._hold(selection, base)
             p.copy_(base)
             if zero_moments and self.exp_avg is not None and self.exp_avg_sq is not None:
                 outside = ~selection.mask()
                 self.exp_avg.masked_fill_(outside, 0.0)
                 self.exp_avg_sq.masked_fill_(outside, 0.0)
         selection.scatter_(p, selection.gather(new))
-        self.selection = selection
+
+    def _hold(self, selection: Selection, base: Tensor) -> None:
+        """Hold what is chosen, and the base values there."""
+        values, shape = selection.gather(base), selection.shape
+        if selection.unit == Unit():
+            flags = pick("flagged", base.device)
+            self.selection, self.bits, self.held = None, flags(selection.index, math.prod(shape)), values.view(-1)
+        else:
+            self.selection, self.replaced = selection, Replaced(selection.unit, shape, selection.index, values)
 
     def original(self, p: Tensor) -> Tensor:
         """The base tensor, rebuilt from what was replaced; p itself where nothing was."""
+        if self.held is not None and (chosen := self.seen(tuple(p.shape))) is not None:
+            base = p.detach().clone(memory_format=torch.contiguous_format)
+            chosen.scatter_(base, self.held[:, None])
+            return base
         return p if self.replaced is None else self.replaced.original(p)
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this slot keeps."""
-        held = [self.exp_avg, self.exp_avg_sq, self.master, self.age, self.bits]
+        held = [self.exp_avg, self.exp_avg_sq, self.master, self.age, self.bits, self.held]
         held += [self.selection.index] if self.selection is not None else []
         held += [self.replaced.index, self.replaced.values] if self.replaced is not None else []
         return [t for t in held if isinstance(t, Tensor)]
@@ -228,9 +252,7 @@ class Slot:
     def state(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings, for `torch.save` and `weights_only=True`."""
         out: dict[str, Any] = {"age": self.age}
-        out |= {
-            f: getattr(self, f) for f in ("exp_avg", "exp_avg_sq", "master", "bits") if getattr(self, f) is not None
-        }
+        out |= {f: held for f in PLAIN if (held := getattr(self, f)) is not None}
         for field in ("selection", "replaced"):
             if (held := getattr(self, field)) is not None:
                 out[field] = {"index": held.index, "unit": [held.unit.kind, held.unit.size], "shape": list(held.shape)}
@@ -246,8 +268,8 @@ class Slot:
             return value.to(device) if isinstance(value, Tensor) else value
 
         slot = Slot(name, age=here(state["age"]))
-        slot.exp_avg, slot.exp_avg_sq = here(state.get("exp_avg")), here(state.get("exp_avg_sq"))
-        slot.master, slot.bits = here(state.get("master")), here(state.get("bits"))
+        for field in PLAIN:
+            setattr(slot, field, here(state.get(field)))
         for field in ("selection", "replaced"):
             if held := state.get(field):
                 unit, shape, index = Unit(*held["unit"]), tuple(held["shape"]), here(held["index"])

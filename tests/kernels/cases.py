@@ -136,6 +136,18 @@ def reaching(backend: str, device: str) -> None:
                 assert torch.equal(a.cpu().long(), b)
 
 
+def flagged(backend: str, device: str) -> None:
+    ours, theirs = twins(backend, "flagged", device)
+    back = pick("positions", device, backend)
+    for n, k in ((1, 0), (1, 1), (9, 9), (100, 7), (500_003, 40_000), (500_003, 500_003)):
+        index = torch.randperm(n, generator=torch.Generator().manual_seed(n))[:k].sort().values.int()
+        packed = ours(index.to(device), n)
+        assert torch.equal(packed.cpu(), theirs(index, n))
+        found = back(packed, n)
+        assert found.dtype == torch.int32 and torch.equal(found.cpu(), index)
+        assert torch.equal(reference.positions(packed.cpu(), n), index)
+
+
 def sampled_product(backend: str, device: str) -> None:
     ours, theirs = twins(backend, "sampled_product_", device)
     for t, out, width, k in ((1, 3, 2, 0), (1, 3, 2, 4), (33, 65, 17, 300), (256, 128, 200, 1000), (100, 64, 64, 4096)):
@@ -147,6 +159,18 @@ def sampled_product(backend: str, device: str) -> None:
             theirs(acc, dy, x, rows, columns)
             # t products of numbers of size 1, added in another order: the error of a sum of t float32 terms
             torch.testing.assert_close(mine.cpu(), acc, rtol=1e-5, atol=1e-6 * t**0.5 + 1e-6)
+
+
+def best_steps(backend: str, device: str) -> None:
+    ours, theirs = twins(backend, "best_steps", device)
+    for rows, width, top in ((1, 1, 7), (3, 7, 1), (65, 130, 7), (40, 3000, 127)):
+        w = draw(rows, width, seed=rows)
+        w[0] = 0.0
+        full, fractions = w.abs().amax(1, keepdim=True) / top, [1 - 0.01 * i for i in range(80)]
+        chosen = [ours(w.to(device), full.to(device), fractions, top).cpu(), theirs(w, full, fractions, top)]
+        level = [(w / s.clamp_min(1e-30)).round().clamp(-top, top) * s for s in chosen]
+        a, b = ((x - w).double().square().sum(1) for x in level)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=0)  # of two equally good steps either may be taken
 
 
 def noisy(backend: str, device: str) -> None:
@@ -181,4 +205,15 @@ def uniform(backend: str, device: str) -> None:
         assert torch.equal(ours(n, 5, device).cpu(), theirs(n, 5))
 
 
-CASES = (masked_adamw, adamw_at, magnitude_cut, reaching, sampled_product, noisy, round_stochastic, uniform)
+CASES = (
+    masked_adamw,
+    adamw_at,
+    magnitude_cut,
+    reaching,
+    flagged,
+    sampled_product,
+    best_steps,
+    noisy,
+    round_stochastic,
+    uniform,
+)

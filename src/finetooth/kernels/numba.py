@@ -2,7 +2,7 @@
 
 One pass over memory for each: an entry is read, updated and written while it is in a register, whatever its dtype, where
 the reference makes a pass for every operation. `numba_core` has the threads, the conversions and the hash,
-`numba_select` the selections. The order of operations is the reference's, so that results differ in last places
+`numba_select` and `numba_flags` the selections, `numba_noise` what is drawn. The order of operations is the reference's, so that results differ in last places
 only; integers, hashes and stochastically rounded bits are equal.
 
 `sampled_product_` reads both operands transposed, so that an entry is a dot product of two contiguous rows, summed in
@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from finetooth.kernels import reference
@@ -27,7 +26,6 @@ from finetooth.kernels.numba_core import (
     exact,
     flat,
     flat_,
-    hash64,
     known,
     narrow,
     remember,
@@ -37,13 +35,18 @@ from finetooth.kernels.numba_core import (
     widen,
     written,
 )
+from finetooth.kernels.numba_flags import flagged, positions
+from finetooth.kernels.numba_noise import best_steps, noisy, round_stochastic, uniform
 from finetooth.kernels.numba_select import magnitude_cut, reaching
 
 __all__ = [
     "adamw_at_",
+    "best_steps",
+    "flagged",
     "magnitude_cut",
     "masked_adamw_",
     "noisy",
+    "positions",
     "reaching",
     "round_stochastic",
     "sampled_product_",
@@ -124,48 +127,6 @@ def sampled_product_(
         left, right = (t[part].detach().float().t().contiguous().numpy() for t in (dy, x))
         spread(_dots, acc.numel(), (sums, left, right, *entries), ALONE // max(1, left.shape[1]))
     written([acc])
-
-
-def noisy(
-    w: Tensor,  # [r, in]: some rows of a weight
-    half_step: Tensor,  # [r, 1] float32: the standard deviation of every row
-    kept: Tensor,  # [in] bool: columns without noise
-    key: int,
-    first: int,  # the position in the whole weight of w's first entry
-    out: Tensor,  # [r, in], w's dtype: written in place
-) -> None:
-    """w + half_step * N(0, 1) on the columns that are not kept, drawn by position (see `reference.normal`)."""
-    if not known(w):
-        reference.noisy(w, half_step, kept, key, first, out)
-        return
-    table = reference.normal_table().numpy()
-    arrays = (flat(w), flat(half_step), flat(kept), table, unsigned(key), first, flat_(out))
-    spread(_noisy, w.shape[0], arrays, ALONE // max(1, w.shape[1]), grain=1)
-    written([out])
-
-
-def uniform(n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
-    """n numbers in [0, 1) with 24 random bits each, float32 [n].
-
-    >>> uniform(3, 7).equal(reference.uniform(3, 7))
-    True
-    """
-    out = np.empty(n, np.float32)
-    spread(_uniform, n, (unsigned(key), out))
-    return torch.from_numpy(out)
-
-
-def round_stochastic(
-    x: Tensor,  # n, float32
-    dtype: torch.dtype,  # bfloat16 or float16
-    key: int,
-    out: Tensor,  # n, dtype: the result, written in place
-) -> None:
-    """Round to a neighbour with a probability such that the mean is x (see `reference.round_stochastic`)."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"stochastic rounding to {dtype} is not defined: use torch.bfloat16 or torch.float16.")
-    spread(_round, x.numel(), (flat(x), unsigned(key), flat_(out)))
-    written([out])
 
 
 # -- what a step is told ---------------------------------------------------------------------------
@@ -285,43 +246,3 @@ def _dots(part: int, start: int, stop: int, arrays: Any) -> None:
     acc, left, right, rows, columns = arrays
     for e in range(start, stop):
         acc[e] += _dot(left[rows[e]], right[columns[e]])
-
-
-@compiled()
-def _noisy(part: int, start: int, stop: int, arrays: Any) -> None:
-    """Block by block: hashes of groups of four, then their 16-bit quarters, the lowest first, into the table."""
-    w, half_step, kept, table, key, first, out = arrays
-    width, hashes = kept.size, np.empty(BLOCK // 4 + 1, np.uint64)
-    for r in range(start, stop):
-        for at in range(0, width, BLOCK):
-            end = min(at + BLOCK, width)
-            position = first + r * width + at
-            for i in range((end - at + 6) // 4):
-                hashes[i] = hash64(np.uint64((position >> 2) + i), key)
-            draws = hashes.view(np.uint16)[position & 3 :]
-            row = slice(r * width + at, r * width + end)
-            _add(w[row], kept[at:end], half_step[r], table, draws, out[row])
-
-
-@compiled()
-def _add(w: Array, kept: Array, half_step: Any, table: Array, draws: Array, out: Array) -> None:
-    for i in range(w.size):
-        n = table[draws[i]] * half_step
-        out[i] = narrow(widen(w[i]) + (np.float32(0) if kept[i] else n), out)
-
-
-@compiled()
-def _uniform(part: int, start: int, stop: int, arrays: Any) -> None:
-    key, out = arrays
-    first, out = np.uint64(start), out[start:stop]
-    for i in range(out.size):
-        bits = hash64(first + np.uint64(i), key) >> np.uint64(40)
-        out[i] = np.float32(np.int32(bits)) * np.float32(2.0**-24)
-
-
-@compiled()
-def _round(part: int, start: int, stop: int, arrays: Any) -> None:
-    x, key, out = arrays
-    first, x, out = np.uint64(start), x[start:stop], out[start:stop]
-    for i in range(x.size):
-        out[i] = rounded(x[i], key, first + np.uint64(i), out)

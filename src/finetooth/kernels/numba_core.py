@@ -163,7 +163,7 @@ def _overload_widen(x: Any) -> Any:
         return lambda x: x
     if x == numba.uint16:
         return lambda x: from_bits(np.uint32(np.uint32(x) << np.uint32(16)))
-    return (lambda x: _widen_half(x)) if x == numba.int16 else None  # noqa: PLW0108: numba takes functions it can compile
+    return (lambda x: _widen_half(x)) if x == numba.int16 else None  # noqa: PLW0108  numba compiles a lambda only
 
 
 def _overload_narrow(x: Any, like: Any) -> Any:
