@@ -25,7 +25,7 @@ from finetooth.weight import Score
 
 _RULE = ("unit", "pool", "score", "threshold")
 _ROW = ("when", "rest", "state", "mask")
-_OPTIMIZER = ("betas", "eps", "decay_to", "stop_after", "kernels")
+_OPTIMIZER = ("betas", "eps", "decay_to", "stop_after", "kernels", "moments")
 _PLAIN = ("lr", "weight_decay", "max_grad_norm", "seed", "rounding")  # the optimizer's own names for them
 
 
@@ -60,7 +60,7 @@ def build(
             that transformers loaded the model from.
         overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
             (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after,
-            kernels. Choices may be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model",
+            kernels, moments. Choices may be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model",
             score="snip".
 
     Raises ValueError naming what was given and the choices. The model's `requires_grad` flags are set: what does

@@ -23,6 +23,7 @@ CHOICES = {
     "state": ("compact", "dense"),
     "mask": ("gradient", "update"),
     "rounding": ("auto", "stochastic", "nearest"),
+    "moments": ("fp32", "8bit"),
     "decay_to": ("zero", "base"),
     "gradients": ROUTES,
 }

@@ -44,6 +44,7 @@ class ChoosingOptimizer(NamedOptimizer):
     _parts: dict[str, Part]
     _route: str
     _backend: str
+    _moments: str
     _noise: Noise | None = None
     _gradients: Gradients | None = None
 
@@ -193,6 +194,7 @@ class ChoosingOptimizer(NamedOptimizer):
             "mask": self._mask,
             "rest": f"{rest.kind}({rest.bits}, {rest.zero_moments})",
             "rounding": self._rounding,
+            "moments": self._moments,
         }
 
     def _extra_state(self) -> dict[str, Any]:

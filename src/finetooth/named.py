@@ -209,6 +209,6 @@ class NamedOptimizer(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         parameters = self._parameters()
         self.steps, self.skipped, self.seed = selective["steps"], selective["skipped"], selective["seed"]
-        self._slots = {n: Slot.restore(n, s, parameters[n].device) for n, s in selective["slots"].items()}
+        self._slots = {n: Slot.restore(n, s, parameters[n].device, self._slots[n].kind) for n, s in selective["slots"].items()}
         self._origins, self._prints = dict(selective["origins"]), dict(selective["prints"])
         self._load_extra_state(selective["extra"])

@@ -31,6 +31,7 @@ from finetooth.checks import check_choice, check_named, check_parameter, check_p
 from finetooth.choosing import ChoosingOptimizer
 from finetooth.guard import Guard, norm
 from finetooth.kernels import check as check_backend
+from finetooth.moments import check as check_moments
 from finetooth.rest import Rest, frozen
 from finetooth.rule import Rule
 from finetooth.scores import gradient
@@ -56,6 +57,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         stop_after: raise `NonFiniteError` after so many non-finite gradients in a row (RuntimeError: steps without any); such a step writes nothing.
         gradients: how gradients of compact state are formed, see `gradients.py`.
         kernels: the fastest backend that is installed, or one by name, which is then never replaced.
+        moments: keep Adam's moments in float32, or in eight bits (see `moments.py`), which saves 6 bytes of 8 and takes time.
         model: needed for `noise`, for gradients that linear layers gather, and to know layers by their class; without it names and shapes must do.
         stats: calibration statistics by parameter name (`probe.calibrate`).
         base: where the pretrained values can be read, so that no copy of whole matrices is kept.
@@ -83,6 +85,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         stop_after: int = 5,
         gradients: Literal["auto", "dense", "compact", "structured"] = "auto",
         kernels: Literal["auto", "reference", "numba", "triton"] = "auto",
+        moments: Literal["fp32", "8bit"] = "fp32",
         model: nn.Module | None = None,
         stats: Mapping[str, Mapping[str, Tensor]] | None = None,
         base: Any = None,
@@ -95,10 +98,12 @@ class SelectiveAdamW(ChoosingOptimizer):
             ("rounding", rounding),
             ("decay_to", decay_to),
             ("gradients", gradients),
+            ("moments", moments),
         ):
             check_choice(word, value)
         check_together(rule, when, rest or frozen(), state, mask)
         check_backend(kernels)
+        check_moments(moments)
         self.rule, self.when, self.rest = rule, when, rest or frozen()
         self._guard = Guard(max_grad_norm or 0.0, stop_after)
         self._compact, self._mask, self._rounding = state == "compact" and rule is not None, mask, rounding
@@ -114,6 +119,9 @@ class SelectiveAdamW(ChoosingOptimizer):
         rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([(n, given[n]) for n in names], others, base, rates)
         self.seed = seed
+        for slot in self._slots.values():
+            slot.kind = moments
+        self._moments = moments
         self._start(stats or {})
 
     @torch.no_grad()

@@ -65,6 +65,7 @@ class OptimizerPart(_Part):
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: int = Field(0, ge=0)
     rounding: Literal["auto", "stochastic", "nearest"] = "auto"  # of weights below float32
+    moments: Literal["fp32", "8bit"] = "fp32"  # how Adam's are kept between steps
     decay_to: Literal["zero", "base"] = "zero"
 
 

@@ -12,18 +12,23 @@ entries train (DST), `bits` and `held` do the same with a bit for every entry in
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finetooth import moments
 from finetooth.base import Replaced
 from finetooth.kernels import pick, reference
+from finetooth.moments import Moment
 from finetooth.selection import Selection
 from finetooth.units import WHOLE, Unit
 
-PLAIN = ("exp_avg", "exp_avg_sq", "master", "bits", "held")  # what a slot's state holds as it is
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PLAIN = ("master", "bits", "held")  # what a slot's state holds as it is
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,13 @@ class Slot:
     name: str
     selection: Selection | None = None
     replaced: Replaced | None = None
-    exp_avg: Tensor | None = None
-    exp_avg_sq: Tensor | None = None
+    exp_avg: Moment | None = None
+    exp_avg_sq: Moment | None = None
     master: Tensor | None = None  # what makes low-precision weights float32 (see `reference.exact`)
     age: int | Tensor = 0
     bits: Tensor | None = None  # [ceil(n / 8)] uint8: what was chosen at the last step, eight entries a byte
     held: Tensor | None = None  # [k] the base values under `bits`, in the weight's dtype
+    kind: str = "fp32"  # of the moments, see `moments.py`
 
     def start_bits(self, p: Tensor) -> Tensor:
         """Where a kernel writes down what a threshold chooses; it takes the place of a selection."""
@@ -84,24 +90,36 @@ class Slot:
     def start_dense(self, p: Tensor) -> None:
         """Moments for every entry, once."""
         if self.exp_avg is None:
-            self.exp_avg = torch.zeros_like(p, dtype=torch.float32)
-            self.exp_avg_sq = torch.zeros_like(p, dtype=torch.float32)
+            self._zero_moments(tuple(p.shape), p.device)
+
+    def _zero_moments(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.exp_avg, self.exp_avg_sq = (moments.zeros(shape, signed, device, self.kind) for signed in (True, False))
+
+    @contextmanager
+    def moments(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Both moments in float32, to be written in place."""
+        m, v = moments.full(self.exp_avg), moments.full(self.exp_avg_sq)
+        yield m, v
+        moments.keep(self.exp_avg, m)
+        moments.keep(self.exp_avg_sq, v)
 
     def migrate(self, new: Selection, p: Tensor, masters: bool = True) -> None:
         """Take over a new selection (compact slots); masters: hold float32 copies of weights of less."""
         old, shape = self.selection, (len(new), new.unit.numel(new.shape))
-        m, v = torch.zeros(shape, device=p.device), torch.zeros(shape, device=p.device)
         master = _master(new, p) if masters and p.dtype != torch.float32 else None
+        before = (self.exp_avg, self.exp_avg_sq)
+        self._zero_moments(shape, p.device)
         if old is not None and len(old) and len(new):
             here, there = _shared(old.index, new.index)
-            assert self.exp_avg is not None and self.exp_avg_sq is not None
-            m[there], v[there] = self.exp_avg[here], self.exp_avg_sq[here]
+            with self.moments() as now:
+                for moment, known in zip(now, before, strict=True):
+                    moment[there] = moments.full(known)[here]
             if master is not None and self.master is not None:
                 master[there] = self.master[here]
             self.age = self._ages(old, new, here, there)
         else:
             self.age = 0
-        self.selection, self.exp_avg, self.exp_avg_sq, self.master = new, m, v, master
+        self.selection, self.master = new, master
 
     def _ages(self, old: Selection, new: Selection, here: Tensor, there: Tensor) -> int | Tensor:
         if isinstance(self.age, int) and len(here) == len(new):
@@ -123,9 +141,23 @@ class Slot:
 
         base: decay pulls to these values instead of zero.
         """
-        selection, m, v = self.selection, self.exp_avg, self.exp_avg_sq
-        assert selection is not None and m is not None and v is not None
         self.age = self.age + 1
+        with self.moments() as (m, v):
+            self._update(p, g, m, v, rate, how, scale, base)
+
+    def _update(
+        self,
+        p: Tensor,
+        g: Tensor,
+        m: Tensor,
+        v: Tensor,
+        rate: dict[str, Any],
+        how: Rounding,
+        scale: float,
+        base: Tensor | None,
+    ) -> None:
+        selection = self.selection
+        assert selection is not None
         kind, kernel, flat = selection.unit.kind, pick("adamw_at_", p.device, how.backend), p.is_contiguous()
         grad, state = g.reshape(-1), (m.view(-1), v.view(-1))
         if kind in ("element", *WHOLE) and base is None and how.key is None and flat:
@@ -152,10 +184,9 @@ class Slot:
             self.update_masked(x, g, rate, Rounding(how.backend), scale=scale)
             return
         self.start_dense(x)
-        assert self.exp_avg is not None and self.exp_avg_sq is not None
         self.age = self.age + 1
-        g = reference.scaled(g, scale)
-        reference.adamw_(x, g, self.exp_avg, self.exp_avg_sq, age=self.age, decay_to=base, **rate)
+        with self.moments() as (m, v):
+            reference.adamw_(x, reference.scaled(g, scale), m, v, age=self.age, decay_to=base, **rate)
 
     def update_masked(
         self,
@@ -173,19 +204,9 @@ class Slot:
         self.age = self.age + 1
         assert isinstance(self.age, int)
         kernel = pick("masked_adamw_", p.device, how.backend)
-        kernel(
-            p,
-            g,
-            self.exp_avg,
-            self.exp_avg_sq,
-            cut=cut,
-            strict=strict,
-            scale=scale,
-            key=how.key,
-            chosen=chosen,
-            age=self.age,
-            **rate,
-        )
+        with self.moments() as (m, v):
+            mask = {"cut": cut, "strict": strict, "chosen": chosen}
+            kernel(p, g, m, v, scale=scale, key=how.key, age=self.age, **mask, **rate)
 
     def follow(self, new: Selection, p: Tensor, reset: bool, remember: bool, masters: bool) -> None:
         """Take over a new selection (compact): what left goes back to the base under reset; hold what is replaced."""
@@ -219,10 +240,11 @@ class Slot:
         else:
             self._hold(selection, base)
             p.copy_(base)
-            if zero_moments and self.exp_avg is not None and self.exp_avg_sq is not None:
+            if zero_moments:
                 outside = ~selection.mask()
-                self.exp_avg.masked_fill_(outside, 0.0)
-                self.exp_avg_sq.masked_fill_(outside, 0.0)
+                with self.moments() as both:
+                    for moment in both:
+                        moment.masked_fill_(outside, 0.0)
         selection.scatter_(p, selection.gather(new))
 
     def _hold(self, selection: Selection, base: Tensor) -> None:
@@ -244,15 +266,19 @@ class Slot:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor this slot keeps."""
-        held = [self.exp_avg, self.exp_avg_sq, self.master, self.age, self.bits, self.held]
+        held = [*moments.tensors(self.exp_avg), *moments.tensors(self.exp_avg_sq)]
+        held += [t for t in (self.master, self.age, self.bits, self.held) if isinstance(t, Tensor)]
         held += [self.selection.index] if self.selection is not None else []
         held += [self.replaced.index, self.replaced.values] if self.replaced is not None else []
-        return [t for t in held if isinstance(t, Tensor)]
+        return held
 
     def state(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings, for `torch.save` and `weights_only=True`."""
         out: dict[str, Any] = {"age": self.age}
         out |= {f: held for f in PLAIN if (held := getattr(self, f)) is not None}
+        for field in MOMENTS:
+            if (moment := getattr(self, field)) is not None:
+                out[field] = moment if isinstance(moment, Tensor) else moment.state()
         for field in ("selection", "replaced"):
             if (held := getattr(self, field)) is not None:
                 out[field] = {"index": held.index, "unit": [held.unit.kind, held.unit.size], "shape": list(held.shape)}
@@ -261,15 +287,17 @@ class Slot:
         return out
 
     @staticmethod
-    def restore(name: str, state: dict[str, Any], device: torch.device) -> Slot:
+    def restore(name: str, state: dict[str, Any], device: torch.device, kind: str = "fp32") -> Slot:
         """The slot that `state` describes, on a device."""
 
         def here(value: Any) -> Any:
             return value.to(device) if isinstance(value, Tensor) else value
 
-        slot = Slot(name, age=here(state["age"]))
+        slot = Slot(name, age=here(state["age"]), kind=kind)
         for field in PLAIN:
             setattr(slot, field, here(state.get(field)))
+        for field in MOMENTS:
+            setattr(slot, field, moments.restore(state.get(field), device))
         for field in ("selection", "replaced"):
             if held := state.get(field):
                 unit, shape, index = Unit(*held["unit"]), tuple(held["shape"]), here(held["index"])

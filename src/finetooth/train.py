@@ -120,6 +120,11 @@ def check(recipe: Recipe, resume: bool) -> None:
     check_method(recipe.method)
     check_evaluation(recipe)
     run.check(recipe, resume)
+    check_context(recipe)
+
+
+def check_context(recipe: Recipe) -> None:
+    """DataError if rows may be longer than what the model was made for."""
     longest = recipe.train.max_length
     config = AutoConfig.from_pretrained(str(checkpoint.resolve(recipe.model)))
     context = getattr(config, "max_position_embeddings", None) or longest
@@ -202,6 +207,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "betas": rate.betas,
         "eps": rate.eps,
         "rounding": rate.rounding,
+        "moments": rate.moments,
         "decay_to": rate.decay_to,
         "seed": recipe.train.seed,
         "stop_after": recipe.train.stop_after_nonfinite,

@@ -24,7 +24,7 @@ LEVELS = (
     {"units", "kernels", "shards", "quantize"},
     {"selection", "weight", "rule"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
-    {"optim", "checks", "choosing", "gradients", "guard", "noise", "named", "slot", "linear", "codec", "diff", "delta"},
+    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear", "codec", "diff", "delta"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data"},
     {"train", "run", "evaluate", "preview", "report", "hf"},
