@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from finetooth.rule import Rule
 from finetooth.selection import Selection, select
 from finetooth.slot import Rounding, Slot
 from finetooth.units import WHOLE
-from finetooth.weight import Unavailable, Weight
+from finetooth.weight import Lazy, Unavailable, Weight
 from finetooth.when import When, once
 
 
@@ -61,7 +62,9 @@ class ChoosingOptimizer(NamedOptimizer):
             p.requires_grad_(True)
         if self._compact and self.when(0):
             try:
-                self._select_compact({n: s.get("grad") for n, s in stats.items()}, stats)
+                self._select_compact(
+                    {n: partial(s.__getitem__, "grad") for n, s in stats.items() if "grad" in s}, stats
+                )
             except Unavailable:  # a score of gradients: the first step's will do, unless calibration was given
                 if stats or self.rest.kind in ("noise", "quantized"):
                     raise
@@ -88,11 +91,12 @@ class ChoosingOptimizer(NamedOptimizer):
     def _knows_bases(self) -> bool:
         return self._base is not None or all(self._remembers(slot) for slot in self._slots.values())
 
-    def _select_compact(self, grads: Mapping[str, Tensor | None], stats: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _select_compact(self, grads: Mapping[str, Lazy], stats: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Select, and let the state follow; the first selection also settles what will never train."""
         assert self.rule is not None
         live = self._parameters()
-        found = select(self.rule, [self._weight(n, p, grads.get(n), stats.get(n)) for n, p in live.items()])
+        weights = (self._weight(n, p, grads.get(n), stats.get(n)) for n, p in live.items())  # let go of pool by pool
+        found = select(self.rule, weights)
         if not any(s.numel for s in found.values()):
             raise ValueError(f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.")
         for name, selection in found.items():
@@ -156,7 +160,7 @@ class ChoosingOptimizer(NamedOptimizer):
         self,
         name: str,
         p: Tensor,
-        grad: Tensor | None,
+        grad: Lazy,
         stats: Mapping[str, Tensor] | None = None,
         proposed: Callable[[str], Tensor] | None = None,
         base: Callable[[str], Tensor] | None = None,
@@ -170,7 +174,7 @@ class ChoosingOptimizer(NamedOptimizer):
         return Weight(
             name,
             turn(p.detach()),
-            grad=None if grad is None else turn(grad),
+            grad=turn(grad) if isinstance(grad, Tensor) else None if grad is None else lambda: turn(grad()),
             base=lambda: turn((base or self._known)(name)),
             proposed=None if proposed is None else lambda: turn(proposed(name)),
             stats=stats,

@@ -5,12 +5,16 @@ norm over all tokens of every input column of a layer (r = inf, 2 or 1). Hooks g
 the model's mode, its gradients and its `requires_grad` flags are left as they were found. Padding tokens
 (attention_mask 0) count in neither. Batches without labels use their input ids.
 
+Gradients of all weights would take as much memory as the model. They are measured when they are read, some neighbouring
+tensors at a time, in as many passes over the batches as that takes (up to eight): a selection that lets go of one
+tensor before it reads the next never holds more.
+
 The model runs in eval mode: a selection should not depend on dropout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,20 +25,82 @@ from finetooth import shards
 from finetooth.anatomy import Part
 
 Stats = dict[str, dict[str, Tensor]]
+Batch = Mapping[str, Tensor] | Tensor
 IGNORE = -100
+ROOM, PASSES = 64 << 20, 8  # bytes of gradients that are measured in one pass, and how many passes at most take less
 
 
 def calibrate(
     model: nn.Module,
-    batches: Iterable[Mapping[str, Tensor] | Tensor],  # input_ids [b, t], attention_mask, labels
+    batches: Iterable[Batch],  # input_ids [b, t], attention_mask, labels
     parts: Mapping[str, Part],  # the parameters to measure
     needs: Iterable[str],  # "grad", "input_norm_inf", …
-) -> Stats:
-    """Measure `needs` for every part, by parameter name: `grad` like the weight, `input_norm_r` as `[in]`."""
+    room: int | None = None,  # bytes of gradients to measure in one pass: by default ROOM, or an eighth of them
+) -> Mapping[str, Mapping[str, Tensor]]:
+    """Measure `needs` for every part, by parameter name: `grad` like the weight, `input_norm_r` as `[in]`.
+
+    Raises ValueError where there is no batch, or one without input_ids.
+    """
+    held, needs = list(batches), list(needs)
+    if not held:
+        raise ValueError("calibration has no batches: give at least one dict with input_ids of shape [batch, tokens].")
+    for batch in held:
+        _ids(batch)
+    norms = [need for need in needs if need != "grad"]
+    stats: Stats = _measured(model, held, parts, norms) if norms else {name: {} for name in parts}
+    if "grad" not in needs:
+        return stats
+    sweeps = _Sweeps(model, held, parts, ROOM if room is None else room)
+    return {name: _Swept(name, known, sweeps) for name, known in stats.items()}
+
+
+class _Sweeps:
+    """Mean gradients, a group of tensors at a time; reading one of another group lets go of the last."""
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch], parts: Mapping[str, Part], room: int) -> None:
+        self.model, self.batches, self.parts = model, batches, parts
+        sizes = {name: 4 * p.numel() for name, p in model.named_parameters() if name in parts}
+        room = max(room, sum(sizes.values()) // PASSES)
+        self.group, group, filled = dict[str, int](), 0, 0
+        for name, size in sizes.items():
+            if filled and filled + size > room:
+                group, filled = group + 1, 0
+            self.group[name], filled = group, filled + size
+        self.now: dict[str, Tensor] = {}
+
+    def grad(self, name: str) -> Tensor:
+        if name not in self.now:
+            self.now = {}
+            part = {n: self.parts[n] for n, group in self.group.items() if group == self.group[name]}
+            self.now = {n: s["grad"] for n, s in _measured(self.model, self.batches, part, ["grad"]).items()}
+        return self.now[name]
+
+
+class _Swept(Mapping[str, Tensor]):
+    """The statistics of one tensor; its gradient is measured when it is read."""
+
+    def __init__(self, name: str, known: Mapping[str, Tensor], sweeps: _Sweeps) -> None:
+        self._name, self._known, self._sweeps = name, known, sweeps
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._sweeps.grad(self._name) if key == "grad" else self._known[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key == "grad" or key in self._known
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["grad", *self._known])
+
+    def __len__(self) -> int:
+        return 1 + len(self._known)
+
+
+def _measured(model: nn.Module, batches: Sequence[Batch], parts: Mapping[str, Part], needs: Sequence[str]) -> Stats:
+    """One pass over the batches."""
     norms = [need.removeprefix("input_norm_") for need in needs if need.startswith("input_norm_")]
-    with_grad, seen = "grad" in needs, 0
+    with_grad = "grad" in needs
     stats: Stats = {name: {} for name in parts}
-    with _as_found(model, with_grad and list(parts)), _Inputs(model, parts, norms, stats) as inputs:
+    with _as_found(model, parts if with_grad else {}, stats), _Inputs(model, parts, norms, stats) as inputs:
         device = next(model.parameters()).device
         for batch in batches:
             inputs.mask = (full := _with_labels(batch, device)).get("attention_mask")
@@ -42,10 +108,6 @@ def calibrate(
                 loss = model(**full).loss
             if with_grad:
                 loss.backward()
-                _collect(model, stats)
-            seen += 1
-    if not seen:
-        raise ValueError("calibration has no batches: give at least one dict with input_ids of shape [batch, tokens].")
     if with_grad:  # a parameter that no batch used has a gradient of zero
         for name, p in model.named_parameters():
             if name in stats:
@@ -53,7 +115,7 @@ def calibrate(
     for measured in stats.values():
         for need, value in measured.items():
             if need == "grad":
-                value.div_(seen)
+                value.div_(len(batches))
                 shards.reduce_([value], "mean")
             elif need.endswith("_inf"):
                 shards.reduce_([value], "max")
@@ -63,37 +125,50 @@ def calibrate(
     return stats
 
 
-def _with_labels(batch: Mapping[str, Tensor] | Tensor, device: torch.device) -> dict[str, Any]:
+def _ids(batch: Batch) -> dict[str, Tensor]:
     given = {"input_ids": batch} if isinstance(batch, Tensor) else dict(batch)
-    full = {k: v.to(device) for k, v in given.items() if k in ("input_ids", "attention_mask", "labels")}
-    if "input_ids" not in full:
+    if "input_ids" not in given:
         raise ValueError(f"a calibration batch has the keys {sorted(given)}: input_ids is missing.")
+    return given
+
+
+def _with_labels(batch: Batch, device: torch.device) -> dict[str, Any]:
+    full = {k: v.to(device) for k, v in _ids(batch).items() if k in ("input_ids", "attention_mask", "labels")}
     if "labels" not in full:
         mask = full.get("attention_mask", torch.ones_like(full["input_ids"]))
         full["labels"] = full["input_ids"].masked_fill(mask == 0, IGNORE)
     return full
 
 
-def _collect(model: nn.Module, stats: Stats) -> None:
-    for name, p in model.named_parameters():
-        if name in stats and p.grad is not None:
-            so_far = stats[name].get("grad")
-            stats[name]["grad"] = p.grad.float() if so_far is None else so_far.add_(p.grad)
-        p.grad = None
+def _adding(into: dict[str, Tensor]) -> Any:
+    """Take a gradient as soon as it is complete, so that one at a time is there beside the sums."""
+
+    def hook(p: Tensor) -> None:
+        if p.grad is not None:
+            so_far = into.get("grad")
+            into["grad"] = p.grad.float() if so_far is None else so_far.add_(p.grad)
+            p.grad = None
+
+    return hook
 
 
 @contextmanager
-def _as_found(model: nn.Module, measured: list[str] | bool) -> Iterator[None]:
-    """Eval mode and gradients only where they are measured, for the length of the block."""
+def _as_found(model: nn.Module, measured: Mapping[str, Part], stats: Stats) -> Iterator[None]:
+    """Eval mode, and gradients only where they are measured and added up, for the length of the block."""
     modes = {module: module.training for module in model.modules()}
     found = {name: (p.grad, p.requires_grad) for name, p in model.named_parameters()}
+    handles = []
     model.eval()
     try:
         for name, p in model.named_parameters():
             p.grad = None
-            p.requires_grad_(bool(measured) and name in measured)  # type: ignore[operator]
+            p.requires_grad_(name in measured)
+            if name in measured:
+                handles.append(p.register_post_accumulate_grad_hook(_adding(stats[name])))
         yield
     finally:
+        for handle in handles:
+            handle.remove()
         for module, mode in modes.items():
             module.training = mode
         for name, p in model.named_parameters():
