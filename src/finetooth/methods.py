@@ -166,7 +166,8 @@ _ROWS = (
             "The saliency's Q is fitted on all columns, since what is salient is not known yet; the noise's step leaves the "
             "chosen columns out.",
             "The clipping value is searched on 80 steps of 1 % of the row's largest magnitude, by squared error.",
-            "Noise is fresh in every forward of the model in training mode, and is added to the layer's output.",
+            "Noise is fresh in every forward of the model in training mode. A draw is one of the 65,536 equally likely quantiles of "
+            "N(0, 1), scaled to a variance of 1, by a hash of the position; the largest is 4.3.",
             "Expert tensors do not take part: the inputs of single experts cannot be observed by a module hook.",
         ),
     ),
