@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetooth.cli import delta, demo, methods, train
+from finetooth.cli import delta, demo, methods, plan, train
 
 app = typer.Typer(
     name="finetooth",
@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(demo.demo)
+app.command()(plan.plan)
 app.command()(train.train)
 app.command()(methods.methods)
 app.add_typer(delta.app)
