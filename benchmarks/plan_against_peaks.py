@@ -82,9 +82,10 @@ def line(args: argparse.Namespace, folder: Path, size: str, method: str, checkpo
         sys.exit(f"{recipe}\n{done.stderr[-3000:]}")
     found = json.loads(done.stdout)
     planned, measured = (found[key] / 2**20 for key in ("training_peak", "measured_peak"))
-    sys.stderr.write(
-        f"{method} {size} {args.dtype} {'ckpt' if checkpointing else ''}: {planned:.0f} / {measured:.0f} = {planned / measured:.3f}   { ({k: round(v / 2**20) for k, v in found['phases'].items()}) } { ({k: round(v / 2**20) for k, v in found['measured'].items()}) }\n"
-    )
+    phases, peaks = ({k: round(v / 2**20) for k, v in found[key].items()} for key in ("phases", "measured"))
+    how = "checkpointing" if checkpointing else ""
+    sys.stderr.write(f"{method} {size} {args.dtype} {how}: {planned:.0f} / {measured:.0f} = {planned / measured:.3f}")
+    sys.stderr.write(f"  planned {phases}, measured {peaks}\n")
     return {
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
@@ -118,21 +119,26 @@ def main() -> None:
     parser.add_argument("--append", action="store_true")
     parser.add_argument("--dry", action="store_true", help="print only")
     args = parser.parse_args()
-    lines = []
+    if not (args.append or args.dry):
+        RESULTS.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes.split(","):
             checkpoint(size, Path(folder))
             for method in args.methods.split(","):
-                lines += [line(args, Path(folder), size, method, how == "on") for how in args.checkpointing.split(",")]
-    if args.dry:
-        return
+                for how in args.checkpointing.split(","):
+                    found = line(args, Path(folder), size, method, how == "on")
+                    if not args.dry:
+                        write(found)
+
+
+def write(found: dict[str, Any]) -> None:
+    new = not RESULTS.exists()
     RESULTS.parent.mkdir(exist_ok=True)
-    new = not (args.append and RESULTS.exists())
-    with RESULTS.open("w" if new else "a", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(found))
         if new:
             writer.writeheader()
-        writer.writerows(lines)
+        writer.writerow(found)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,18 @@ def batch_of(recipe: Recipe) -> Batch:
     return Batch(rows, max(lengths), ragged, False, f"the longest of {len(lengths):,} rows", len(lengths))
 
 
+def rows_of(examples: list[Tokens], recipe: Recipe, batches: int) -> list[Tokens]:
+    """Rows, in order, of which a trainer makes so many of that batch."""
+    how = recipe.train
+    if not recipe.data.packing:
+        return longest_rows(examples, how.batch_size) * batches
+    needed, rows = how.batch_size * how.max_length * batches * 5 // 4, list[Tokens]()  # the last ones may not be full
+    full = longest_rows(examples, how.batch_size)[: max(1, how.batch_size - 1)]
+    while sum(len(row.ids) for row in rows) < needed:
+        rows += full
+    return rows
+
+
 def longest_rows(examples: list[Tokens], size: int) -> list[Tokens]:
     """Rows of that batch: the longest, and the shortest one of all, which is padded."""
     order = sorted(examples, key=lambda e: -len(e.ids))

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from finetooth.linear import SAMPLED, STRIPE
 
 _EMPTY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided")
+PAGE = 4096
 TOKENS = 512  # that the CPU's sampled product transposes at a time
 
 
@@ -70,7 +71,7 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if empty:
                 self._written.add(key)
         elif key in self._written:
-            size = min(t.numel() * t.element_size(), size)
+            size = min(_touched(t), size)
         if size > self._held[key]:
             self.now += size - self._held[key]
             self._held[key] = size
@@ -79,6 +80,12 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _drop(self, key: int) -> None:
         self._written.discard(key)
         self.now -= self._held.pop(key)
+
+
+def _touched(t: Tensor) -> int:
+    """Bytes of the pages that writing a tensor gives out; a row that does not begin with a page reaches into one more."""
+    rows = 0 if t.is_contiguous() or not t.numel() else t.numel() // t.shape[-1]
+    return t.numel() * t.element_size() + rows * PAGE
 
 
 def unique_bytes(tensors: Iterable[Tensor]) -> int:

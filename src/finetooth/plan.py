@@ -84,6 +84,10 @@ def plan(recipe: Recipe) -> Plan:
     if not gpu:  # a GPU's values are copied to the host for it
         found.phases["delta"] = found.weights + found.state + found.delta + values
     found.gpu = max(on_gpu.values())
+    if on_gpu.get("evaluate", 0) == found.gpu:
+        found.notes.append(
+            f"evaluation takes more than training: evaluate.batch_size={recipe.evaluate.batch_size} and whole logits decide."
+        )
     needed = found.gpu * (1 + LOST) + CONTEXT * 2**30
     found.cards = {name: needed <= size * 2**30 for name, size in CARDS.items()}
     return found

@@ -20,7 +20,7 @@ import torch
 
 from finetooth import embedded
 from finetooth.data import Prepared
-from finetooth.longest import longest_rows
+from finetooth.longest import rows_of
 from finetooth.recipe import Recipe
 from finetooth.train import Job, load, make_trainer, optimizer
 
@@ -42,12 +42,12 @@ def trial(recipe: Recipe) -> dict[str, int]:
 
 def _run(recipe: Recipe, job: Job) -> dict[str, int]:
     steps, micro = 2, min(2, recipe.train.accumulate)
-    rows = longest_rows(job.train.examples, recipe.train.batch_size)
+    rows = rows_of(job.train.examples, recipe, steps * micro)
     _start_peak()
     opt = optimizer(job)
     built = _peak()
     how = recipe.train.model_copy(update={"accumulate": micro, "max_steps": steps})
-    job.recipe, job.train = recipe.model_copy(update={"train": how}), Prepared(rows * (steps * micro))
+    job.recipe, job.train = recipe.model_copy(update={"train": how}), Prepared(rows)
     trainer = make_trainer(job, opt, None)
     trainer.args.save_strategy, trainer.args.train_sampling_strategy = "no", "sequential"
     _start_peak()

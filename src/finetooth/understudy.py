@@ -83,10 +83,7 @@ class Understudy(SelectiveAdamW):
 
     def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
         self._kind, self._slots = self.rest.kind, {n: _Slot(n, kind=s.kind) for n, s in self._slots.items()}
-        if self._kind in (
-            "noise",
-            "quantized",
-        ):  # both need values: the stand-in below does for one, nothing for the other
+        if self._kind in ("noise", "quantized"):  # made of values: noise has a stand-in, rounding changes no size
             self.rest = frozen()
         if self.rule is not None:
             stored = {n: self._weight(n, p, None).stored for n, p in self._parameters().items()}
@@ -254,6 +251,9 @@ class Understudy(SelectiveAdamW):
 
 def _score(rule: Rule, w: Weight) -> Tensor:
     """A score's memory; where it needs values (a compiled kernel), that of two float32 copies of the weight."""
+    if rule.score is scores.random:  # hashed in small pieces: thousands of them for a large model
+        shape, unit = w.stored
+        return torch.zeros(unit.count(shape), device=w.value.device)
     with suppress(Unavailable):
         _ = w.grad  # it may have to be measured, which is counted too
     try:

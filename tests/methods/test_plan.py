@@ -128,8 +128,11 @@ def test_the_meter_counts_what_lives() -> None:
         assert meter.now == 4000  # not written
         torch.add(y[0], 1.0, out=z[:10])
         assert meter.now == 4040
-        del y, z
-        assert (meter.now, meter.peak) == (0, 4040)
+        wide = torch.empty(2, 10_000)
+        wide[:, :100].fill_(1.0)
+        assert meter.now == 4040 + 2 * (400 + 4096)  # the pages that two rows touch
+        del y, z, wide
+        assert (meter.now, meter.peak) == (0, 4040 + 2 * (400 + 4096))
 
 
 @pytest.mark.parametrize("row", ["random", "gift-sw", "hft"])
