@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from finetooth.anatomy import Part
 from finetooth.gradients import Gradients, remove_gradients
 from finetooth.kernels import reference
+from finetooth.linear import Chosen
 from finetooth.named import NamedOptimizer
 from finetooth.noise import Noise, remove_noise
 from finetooth.rest import Rest, quantize_
@@ -124,9 +125,11 @@ class ChoosingOptimizer(NamedOptimizer):
         selections = self.selections()
         if self._route == "dense" or not self._compact or not selections:
             return
+        before = dict[str, Chosen]()
         if self._gradients is not None:
+            before = self._gradients.chosen
             self._gradients.remove()
-        self._gradients = Gradients(self._model, self._parameters(), selections, self._route)
+        self._gradients = Gradients(self._model, self._parameters(), selections, self._route, before)
         self._gradients.pause(self._selects())
         self._attached["gradients"] = self._gradients
 

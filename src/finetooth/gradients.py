@@ -11,11 +11,13 @@
 holds nothing but what trains. At a step that selects by gradient, every route gives way to dense gradients (`pause`).
 
 Gradients gathered here are not in `p.grad`: `clip_grad_norm_` and loss scaling do not see them. The optimizer clips,
-and refuses a loss scaler. Under DDP they are averaged over ranks in `step`, k numbers a tensor instead of all.
+and refuses a loss scaler. `model.zero_grad()` forgets them too, while they are gathered. Under DDP they are averaged over ranks in `step`, k numbers a tensor instead of all.
 """
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,7 +36,12 @@ class Gradients:
     """The gathered gradients of one model, from construction until `remove`."""
 
     def __init__(
-        self, model: nn.Module | None, parameters: Mapping[str, Tensor], selections: Mapping[str, Selection], route: str
+        self,
+        model: nn.Module | None,
+        parameters: Mapping[str, Tensor],
+        selections: Mapping[str, Selection],
+        route: str,
+        before: Mapping[str, Chosen] | None = None,  # gradients gathered so far: they stay where the selection does
     ) -> None:
         self.chosen: dict[str, Chosen] = {}
         self.paused = False
@@ -44,6 +51,7 @@ class Gradients:
         if model is not None:
             remove_gradients(model)
             model.__dict__[_ATTRIBUTE] = self
+            model.__dict__["zero_grad"] = _ZeroGrad(model, self)
         owners = {} if model is None else _owners(model)
         for name, selection in selections.items():
             if not len(selection) or not linear.structured(selection.unit):
@@ -53,7 +61,7 @@ class Gradients:
                 raise ValueError(
                     f"gradients='structured' needs an nn.Linear of its own for {name!r}: choose 'compact' or 'auto'."
                 )
-            chosen = self.chosen[name] = Chosen(name, selection)
+            chosen = self.chosen[name] = _kept((before or {}).get(name), selection) or Chosen(name, selection)
             if owner is not None:
                 self._linears.append(linear.attach(owner, chosen, getattr(owner, "noise", None)))
             # Also for a linear layer: a loss that multiplies with its weight itself goes past the layer's forward.
@@ -70,7 +78,7 @@ class Gradients:
         if not any(p.requires_grad for name, p in sizes.items() if name not in self.chosen):
             left.remove(min(left, key=lambda name: sizes[name].numel()))
         self._ignored = left
-        self._model.__dict__[_DDP_IGNORES] = known + left
+        self._model.__dict__[_DDP_IGNORES] = _Ignored([*known, *left])
 
     def names(self) -> list[str]:
         """The tensors whose gradients are gathered here."""
@@ -79,9 +87,10 @@ class Gradients:
     def taken(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The gradients so far, `[k, unit_numel]` float32 by parameter name, averaged over ranks.
 
-        A `p.grad` that somebody set by hand counts too.
+        A `p.grad` that somebody set by hand counts too. Raises RuntimeError if the model has another parameter by now.
         """
         found = {}
+        self._check(parameters)
         for name, chosen in self.chosen.items():
             if (dense := parameters[name].grad) is not None:
                 chosen.add(chosen.selection.gather(dense).float())
@@ -92,6 +101,14 @@ class Gradients:
         if shards.world() > 1:
             shards.reduce_(found.values(), "mean")
         return found
+
+    def _check(self, parameters: Mapping[str, Tensor]) -> None:
+        for name in self.chosen if self._model is not None else ():
+            if self._model.get_parameter(name) is not parameters[name]:  # type: ignore[union-attr]
+                raise RuntimeError(
+                    f"{name!r} is another parameter now than the one this optimizer was built with, so what it trains is not in "
+                    "the model: build the optimizer again (load_state_dict(assign=True) and new parameters need that)."
+                )
 
     def clear(self) -> None:
         """Forget them."""
@@ -114,9 +131,48 @@ class Gradients:
         if self._model is not None and self._ignored:
             left = [name for name in getattr(self._model, _DDP_IGNORES, []) if name not in self._ignored]
             self._model.__dict__[_DDP_IGNORES] = left
+        if self._model is not None and isinstance(self._model.__dict__.get("zero_grad"), _ZeroGrad):
+            del self._model.__dict__["zero_grad"]
         self._handles.clear()
         self._linears.clear()
-        self.chosen.clear()
+        self.chosen = {}
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of the model has none: its gradients are dense."""
+
+
+class _ZeroGrad:
+    """`model.zero_grad`, which also forgets what was gathered for the model."""
+
+    def __init__(self, model: nn.Module, gradients: Gradients) -> None:
+        self._model, self._gradients = weakref.ref(model), weakref.ref(gradients)
+
+    def __call__(self, set_to_none: bool = True) -> None:
+        if (model := self._model()) is not None:
+            type(model).zero_grad(model, set_to_none)
+        if (gradients := self._gradients()) is not None:
+            gradients.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the model has the plain one."""
+        twin: Any = memo.get(id(self._model()))
+        return functools.partial(type(twin).zero_grad, twin)
+
+    def __reduce__(self) -> Any:
+        model: Any = self._model()
+        return functools.partial, (type(model).zero_grad, model)
+
+
+class _Ignored(list[str]):
+    """Names that DDP leaves alone while gradients are gathered; a copy of the model has no such names."""
+
+    def __deepcopy__(self, memo: object) -> list[str]:
+        return []
+
+
+def _kept(chosen: Chosen | None, selection: Selection) -> Chosen | None:
+    same = chosen is not None and (chosen.selection.unit, chosen.selection.shape) == (selection.unit, selection.shape)
+    return chosen if same and chosen is not None and chosen.selection.index.equal(selection.index) else None
 
 
 class _Gather:
@@ -139,7 +195,7 @@ def _owners(model: nn.Module) -> dict[str, nn.Linear]:
             holders[id(p)] = holders.get(id(p), 0) + 1
     found = {}
     for path, module in model.named_modules():
-        if type(module) in (nn.Linear, linear.SelectiveLinear) and holders[id(module.weight)] == 1:
+        if type(module) in (nn.Linear, linear.SelectiveLinear) and holders.get(id(module.weight)) == 1:
             found[f"{path}.weight" if path else "weight"] = module
     return found
 

@@ -27,13 +27,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from finetooth import shards
 from finetooth.kernels import pick, reference
 from finetooth.selection import Selection
 from finetooth.units import Unit
 
 STRIPE = 1 << 20  # entries of a weight (or its gradient) made at a time: 4 MB of float32
 SAMPLED = (
-    0.04  # below this share of chosen entries a sampled product beats dense stripes on a CPU: benchmarks/kernels_cpu.py
+    0.04  # below this share of chosen entries a sampled product beats dense stripes on a CPU: benchmarks/kernels.py
 )
 
 
@@ -81,17 +82,23 @@ class SelectiveLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """x `[..., in]` -> `[..., out]`."""
-        chosen, noise = self.chosen, self.noise if self.training else None
-        learns = chosen is not None and chosen.active and torch.is_grad_enabled()
+        chosen, noise = getattr(self, "chosen", None), getattr(self, "noise", None) if self.training else None
+        learns = chosen is not None and chosen.active and torch.is_grad_enabled() and self.weight.requires_grad
         if not learns and noise is None:
             return functional.linear(input, self.weight, self.bias)
-        x, w, b = (_cast(t, input.device) for t in (input, self.weight, self.bias))
+        # Nothing goes to the weight itself, so that hooks on its gradient are not called with none; but DDP waits for it.
+        weight = self.weight.detach() if learns and shards.world() == 1 else self.weight
+        x, w, b = (_cast(t, input.device) for t in (input, weight, self.bias))
         leaf = chosen.leaf(x.device) if learns and chosen is not None else None
         index = chosen.selection.index if learns and chosen is not None else None
         unit = str(chosen.selection.unit) if learns and chosen is not None else ""
         drawn = (None, None, None, 0, "", None) if noise is None else noise.draw()
         y: Tensor = _Linear.apply(x, w, b, leaf, index, unit, *drawn)  # type: ignore[no-untyped-call]
         return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy learns by itself: it has no optimizer that its gradients could be gathered for."""
+        return {**self.__dict__, "chosen": None}
 
 
 def _cast(t: Tensor | None, device: torch.device) -> Any:

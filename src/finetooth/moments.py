@@ -2,7 +2,8 @@
 
 Eight bits are Dettmers et al.'s dynamic map ("8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861), quantized and read
 back by torchao. A step makes float32 moments of one tensor at a time, so that the kernels need not know. Tensors of less than
-4,096 entries stay in float32, as the paper leaves small ones. Six bytes of eight are saved for every entry that trains; the price
+4,096 entries stay in float32, as the paper leaves small ones. Where entries of very different size share a block of 256, the small ones
+are known badly, and move too far or not at all: embeddings of rare words, for one. Six bytes of eight are saved for every entry that trains; the price
 is time, and moments that are known to two digits.
 
 Not covered: four bits, and fused kernels, which would save the conversion.

@@ -39,6 +39,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._prints: dict[str, str] = {}
         self._origins: dict[str, str] = {}
         self._rewrote_base = False
+        self._dtypes = {name: p.dtype for name, p in named}
         super().__init__(named, defaults)
         self._complete = True
 
@@ -111,6 +112,15 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _parameter(self, name: str) -> Tensor:
         return self._others[name] if name in self._others else self._parameters()[name]
 
+    def _check_dtypes(self) -> None:
+        """What is held beside a weight (masters, base values) is of the dtype that it had at the start."""
+        for name, p in self._parameters().items():
+            if p.dtype != self._dtypes[name]:
+                raise RuntimeError(
+                    f"{name!r} is {p.dtype} and was {self._dtypes[name]} when the optimizer was built: cast a model first, "
+                    "then build."
+                )
+
     def _rates(self) -> dict[str, dict[str, Any]]:
         fields = ("lr", "betas", "eps", "weight_decay")
         return {n: {f: group[f] for f in fields} for group in self.param_groups for n in group["param_names"]}
@@ -182,6 +192,7 @@ class NamedOptimizer(torch.optim.Optimizer):
             "skipped": self.skipped,
             "seed": self.seed,
             "choices": self._choices(),
+            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
             "origins": dict(self._origins),
             "prints": dict(self._prints),
             "slots": {name: slot.state() for name, slot in self._slots.items()},
@@ -201,6 +212,12 @@ class NamedOptimizer(torch.optim.Optimizer):
         mine, saved = self._choices(), selective["choices"]
         if other := [f"{k}={saved.get(k)!r} (here {v!r})" for k, v in mine.items() if saved.get(k) != v]:
             raise ValueError(f"the state is of another method: {', '.join(other)}.")
+        kinds = {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()}
+        if odd := [n for n, kind in selective["dtypes"].items() if kinds[n] != kind]:
+            raise ValueError(
+                f"the state is of a model in another precision: {odd[0]!r} was {selective['dtypes'][odd[0]]}, here it is "
+                f"{kinds[odd[0]]}."
+            )
         groups = [dict(group) for group in state_dict["param_groups"]]
         if len(groups) != len(self.param_groups):
             raise ValueError(f"the state has {len(groups)} parameter groups, this optimizer {len(self.param_groups)}.")
@@ -209,6 +226,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         super().load_state_dict({"state": {}, "param_groups": groups})
         parameters = self._parameters()
         self.steps, self.skipped, self.seed = selective["steps"], selective["skipped"], selective["seed"]
-        self._slots = {n: Slot.restore(n, s, parameters[n].device, self._slots[n].kind) for n, s in selective["slots"].items()}
+        self._slots = {
+            n: Slot.restore(n, s, parameters[n].device, self._slots[n].kind) for n, s in selective["slots"].items()
+        }
         self._origins, self._prints = dict(selective["origins"]), dict(selective["prints"])
         self._load_extra_state(selective["extra"])

@@ -2,7 +2,7 @@
 
 It is drawn again in every training forward of the model and made again in backward from its key (seed, parameter
 name, number of the forward), so it is never stored, and the stored weight is never touched. The forward is counted at the
-model, not at the layer: a layer that is recomputed for gradient checkpointing sees the noise of its forward. Two training
+model, or at the part of it that holds all noisy layers where that is called by itself, not at the layer: a layer that is recomputed for gradient checkpointing sees the noise of its forward. Two training
 forwards before one backward, with checkpointing, would recompute the first with the second's noise: that is an error.
 
 In an `nn.Linear` the noise is part of the product (`linear.py`). Other layers that multiply (GPT-2's `Conv1D`) get a
@@ -42,7 +42,11 @@ class Noise:
             (), dtype=torch.int64
         )  # training forwards so far; a tensor, so that compiled code can count
         self.unanswered = 0  # training forwards since a backward last made a layer again
-        self._handles = [model.register_forward_pre_hook(_Counter(self))]
+        self.counted = False  # whether the forward that the inner model begins has been counted by the outer one
+        inner = _inner(model, list(columns))
+        self._handles = [model.register_forward_pre_hook(_Counter(self, inner is not model))]
+        if inner is not model:
+            self._handles.append(inner.register_forward_pre_hook(_Inner(self)))
         self._linears: list[linear.SelectiveLinear] = []
         for name, selection in columns.items():
             module = model.get_submodule(name.removesuffix(".weight"))
@@ -82,13 +86,37 @@ def remove_noise(model: nn.Module) -> None:
 class _Counter:
     """Before a forward of the model: count it, if it is one of training."""
 
-    def __init__(self, noise: Noise) -> None:
-        self.noise = noise
+    def __init__(self, noise: Noise, outer: bool) -> None:
+        self.noise, self.outer = noise, outer
 
     def __call__(self, module: nn.Module, args: object) -> None:
         if module.training:
             self.noise.count.add_(1)
             self.noise.unanswered += 1
+            self.noise.counted = self.outer
+
+
+class _Inner(_Counter):
+    """Before a forward of the part that holds all noisy layers: count it, unless the whole model has been called."""
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__(noise, False)
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if not self.noise.counted:
+            super().__call__(module, args)
+        self.noise.counted = False
+
+
+def _inner(model: nn.Module, names: list[str]) -> nn.Module:
+    """The smallest module that holds all of these and is no list of layers: a Llama's `model`."""
+    here, prefix = model, ""
+    while True:
+        inside = [n for n, _ in here.named_children() if any(f"{name}.".startswith(f"{prefix}{n}.") for name in names)]
+        child = here.get_submodule(inside[0]) if len(inside) == 1 else None
+        if child is None or isinstance(child, nn.ModuleList | nn.ModuleDict) or not any(child.children()):
+            return here
+        here, prefix = child, f"{prefix}{inside[0]}."
 
 
 class LayerNoise:

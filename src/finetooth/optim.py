@@ -134,6 +134,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_dtypes()
         grads = self._collected()
         if not self._guard.some(grads, next(iter(self._slots))):
             return loss
@@ -170,7 +171,10 @@ class SelectiveAdamW(ChoosingOptimizer):
                 "a loss scaler does not see gathered gradients: build with gradients='dense', or train in bf16."
             )
         if routed.paused:
-            shards.reduce_((g for n, g in dense.items() if n in routed.chosen), "mean")  # DDP was told to leave them
+            if shards.world() > 1:  # DDP was told to leave them; every rank must take part for every tensor
+                live = self._parameters()
+                dense |= {n: torch.zeros_like(live[n]) for n in routed.chosen if n not in dense}
+                shards.reduce_([dense[n] for n in routed.chosen], "mean")
             return dense
         return {n: g for n, g in dense.items() if n not in routed.chosen} | routed.taken(self._parameters())
 
@@ -219,9 +223,9 @@ class SelectiveAdamW(ChoosingOptimizer):
         """GMT in two readings of the gradient: one finds every pool's threshold, one masks and updates."""
         assert self.rule is not None
         cuts, square = magnitude_cuts(self.rule, grads, self.seed, self._backend)
+        strict = self._mask == "update"
         if not self._guard.passes(grads, total=square):
             return False
-        strict = self._mask == "update"
         factor, rates = self._guard.factor(float(norm(grads.values())) if strict else square**0.5), self._rates()
         for name, p in live.items():
             slot = self._slots[name]

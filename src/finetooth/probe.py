@@ -164,7 +164,7 @@ def _as_found(model: nn.Module, measured: Mapping[str, Part], stats: Stats) -> I
             p.grad = None
             p.requires_grad_(name in measured)
             if name in measured:
-                handles.append(p.register_post_accumulate_grad_hook(_adding(stats[name])))
+                handles.append(p.register_post_accumulate_grad_hook(_adding(stats[name])))  # type: ignore[no-untyped-call]
         yield
     finally:
         for handle in handles:

@@ -227,10 +227,11 @@ def magnitude_cuts(
     budgets = rule.budgets({pool: sum(grads[n].numel() for n in names) for pool, names in pools.items()}, seed)
     cuts, total = dict[str, float](), 0.0
     for pool, names in pools.items():
-        cut, square = math.inf, 0.0
-        if budgets[pool]:
-            held = [grads[n] for n in names]
-            cut, square = pick("magnitude_cut", held[0].device, backend)(held, budgets[pool])
+        held, cut, square = [grads[n] for n in names], math.inf, 0.0
+        if any(g.numel() for g in held):
+            cut, square = pick("magnitude_cut", held[0].device, backend)(held, max(1, budgets[pool]))
+        if not budgets[pool]:
+            cut, square = math.inf, 0.0 * square  # not finite if a gradient is not
         total += square
         cuts.update(dict.fromkeys(names, cut))
     return cuts, total

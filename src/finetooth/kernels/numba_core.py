@@ -199,7 +199,7 @@ def _overload_exact(x: Any, master: Any, i: Any) -> Any:
     if isinstance(master, numba.types.NoneType):
         return lambda x, master, i: widen(x)
     if master.dtype == numba.float32:
-        return lambda x, master, i: master[i]
+        return lambda x, master, i: master[i] if _narrow_half(master[i]) == x else _widen_half(x)
     return lambda x, master, i: _joined(x, master[i])
 
 

@@ -37,7 +37,7 @@ NOT_FINITE = (float("nan"), float("nan"))
 def magnitude_cut(gs: Sequence[Tensor], k: int) -> tuple[float, float]:
     """The exact k-th largest magnitude of a pool, and the sum of the squares of the entries that reach it."""
     dtype = gs[0].dtype
-    if dtype not in INFINITE:
+    if dtype not in INFINITE or any(g.dtype != dtype for g in gs):
         return reference.magnitude_cut(gs, k)
     word = np.uint32 if dtype == torch.float32 else np.uint16
     pool = [flat(g).view(word) for g in gs]

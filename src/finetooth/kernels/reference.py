@@ -88,6 +88,7 @@ def scaled(g: Tensor, scale: float) -> Tensor:
 
 def exact(x: Tensor, master: Tensor | None) -> Tensor:
     """The float32 values of weights `x` that are rounded: a master itself if it is float32, which is then not copied.
+    A weight that somebody else has written in between is taken as it is.
 
     Of a bfloat16 weight, an int16 master holds what is missing of the bits: those of the value, less those of the
     weight with 16 zeros after them. Two bytes do what four did.
@@ -95,7 +96,7 @@ def exact(x: Tensor, master: Tensor | None) -> Tensor:
     if master is None:
         return x.float()
     if master.dtype == torch.float32:
-        return master
+        return master.copy_(torch.where(master.to(x.dtype) == x, master, x.float()))
     return ((x.view(torch.int16).int() << 16) + master).view(torch.float32)
 
 

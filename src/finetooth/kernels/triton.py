@@ -98,10 +98,11 @@ def _adamw_at(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < k
     position = at * stride if EVERY else tl.load(index + at, mask=mask, other=0).to(tl.int64) * stride
+    before = tl.load(p + position, mask=mask, other=0.0)
+    x = before.to(tl.float32)
     if MASTER == 1:
-        x = tl.load(master + at, mask=mask, other=0.0)
-    else:
-        x = tl.load(p + position, mask=mask, other=0.0).to(tl.float32)
+        held = tl.load(master + at, mask=mask, other=0.0)
+        x = tl.where(nearest(held, p.dtype.element_ty) == before, held, x)
     if MASTER == 2:
         low = tl.load(master + at, mask=mask, other=0).to(tl.int32)
         x = (x.to(tl.int32, bitcast=True) + low).to(tl.float32, bitcast=True)
