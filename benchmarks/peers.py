@@ -6,6 +6,9 @@ norm of 1 in the way that is natural to them.
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -114,6 +117,14 @@ def shira(model: nn.Module) -> tuple[nn.Module, Any]:
     return tuned, Clipped(trainable(tuned), fused)
 
 
+def hft(model: nn.Module) -> tuple[nn.Module, Any]:
+    """Half Fine-Tuning of a model whose pretrained values can be read on disk, as they can of every model that was loaded."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    model.save_pretrained(folder)
+    return ours("hft", base=folder)(model)
+
+
 def ours(row: str, **given: Any) -> Callable[[nn.Module], tuple[nn.Module, Any]]:
     """A Finetooth row."""
 
@@ -140,7 +151,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
     "gmt": ours("gmt"),
     "gmt-strict": ours("gmt-strict"),
     "dst": ours("dst"),
-    "hft": ours("hft"),
+    "hft": hft,
     "gift-sw 128": ours("gift-sw"),
     "gift-sw 3%": ours("gift-sw", keep=0.03),
     "random 1%": ours("random", keep=0.01),

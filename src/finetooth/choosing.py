@@ -116,7 +116,7 @@ class ChoosingOptimizer(NamedOptimizer):
             assert self._model is not None
             forwards = self._noise.forwards if self._noise else 0
             columns = {n: s for n, s in self.selections().items() if len(s) < s.unit.count(s.shape)}
-            self._noise = Noise(self._model, columns, self.rest.bits, self.seed)
+            self._noise = Noise(self._model, columns, self.rest.bits, self.seed, self._backend)
             self._noise.forwards = forwards
             self._attached["noise"] = self._noise
 
@@ -129,7 +129,7 @@ class ChoosingOptimizer(NamedOptimizer):
         if self._gradients is not None:
             before = self._gradients.chosen
             self._gradients.remove()
-        self._gradients = Gradients(self._model, self._parameters(), selections, self._route, before)
+        self._gradients = Gradients(self._model, self._parameters(), selections, self._route, self._backend, before)
         self._gradients.pause(self._selects())
         self._attached["gradients"] = self._gradients
 

@@ -41,6 +41,7 @@ class Gradients:
         parameters: Mapping[str, Tensor],
         selections: Mapping[str, Selection],
         route: str,
+        backend: str = "auto",
         before: Mapping[str, Chosen] | None = None,  # gradients gathered so far: they stay where the selection does
     ) -> None:
         self.chosen: dict[str, Chosen] = {}
@@ -61,7 +62,7 @@ class Gradients:
                 raise ValueError(
                     f"gradients='structured' needs an nn.Linear of its own for {name!r}: choose 'compact' or 'auto'."
                 )
-            chosen = self.chosen[name] = _kept((before or {}).get(name), selection) or Chosen(name, selection)
+            chosen = self.chosen[name] = _kept((before or {}).get(name), selection) or Chosen(name, selection, backend)
             if owner is not None:
                 self._linears.append(linear.attach(owner, chosen, getattr(owner, "noise", None)))
             # Also for a linear layer: a loss that multiplies with its weight itself goes past the layer's forward.

@@ -33,16 +33,17 @@ from finetooth.selection import Selection
 from finetooth.units import Unit
 
 STRIPE = 1 << 20  # entries of a weight (or its gradient) made at a time: 4 MB of float32
-SAMPLED = (
-    0.04  # below this share of chosen entries a sampled product beats dense stripes on a CPU: benchmarks/kernels.py
-)
+# Below these shares of chosen entries a sampled product beats dense stripes on a CPU: with a compiled kernel, and without.
+# The break-even at 256 and 2,048 tokens, rounded down (benchmarks/kernels.py times both).
+SAMPLED = {torch.float32: 0.2, torch.bfloat16: 0.08, torch.float16: 0.08}
+SAMPLED_PLAIN = {torch.float32: 0.007, torch.bfloat16: 0.003, torch.float16: 0.003}
 
 
 class Chosen:
     """What trains of one tensor, and the gradient of it so far: `grad`, `[k, unit_numel]` float32, or None."""
 
-    def __init__(self, name: str, selection: Selection) -> None:
-        self.name, self.selection = name, selection
+    def __init__(self, name: str, selection: Selection, backend: str = "auto") -> None:
+        self.name, self.selection, self.backend = name, selection, backend
         self.active = True  # False: the weight's own dense gradient is wanted
         self._leaf: Tensor | None = None
 
@@ -93,7 +94,8 @@ class SelectiveLinear(nn.Linear):
         index = chosen.selection.index if learns and chosen is not None else None
         unit = str(chosen.selection.unit) if learns and chosen is not None else ""
         drawn = (None, None, None, 0, "", None) if noise is None else noise.draw()
-        y: Tensor = _Linear.apply(x, w, b, leaf, index, unit, *drawn)  # type: ignore[no-untyped-call]
+        backend = "auto" if (part := chosen or noise) is None else part.backend
+        y: Tensor = _Linear.apply(x, w, b, leaf, index, unit, backend, *drawn)  # type: ignore[no-untyped-call]
         return y
 
     def __getstate__(self) -> dict[str, Any]:
@@ -133,6 +135,7 @@ class _Linear(torch.autograd.Function):
         leaf: Tensor | None,  # None: the whole weight trains, or nothing of it
         index: Tensor | None,
         unit: str,
+        backend: str,
         half_step: Tensor | None,  # of the noise; None: there is none
         kept: Tensor | None,
         number: Tensor | None,
@@ -140,7 +143,7 @@ class _Linear(torch.autograd.Function):
         name: str,
         layer: Any,  # is asked in backward whether the noise is the right one
     ) -> Tensor:
-        ctx.unit, ctx.seed, ctx.name, ctx.layer = unit, seed, name, layer
+        ctx.unit, ctx.seed, ctx.name, ctx.layer, ctx.backend = unit, seed, name, layer, backend
         learnt = x if leaf is not None or ctx.needs_input_grad[1] else None
         if unit == "column" and index is not None:
             learnt = x.index_select(-1, index)
@@ -148,7 +151,7 @@ class _Linear(torch.autograd.Function):
         ctx.number = number  # not saved: checkpointing would hand back that of the layer it makes again
         if half_step is None:
             return functional.linear(x, w, b)
-        y: Tensor = torch.ops.finetooth.noisy_linear(x, w, half_step, kept, number, seed, name)
+        y: Tensor = torch.ops.finetooth.noisy_linear(x, w, half_step, kept, number, seed, name, backend)
         return y if b is None else y + b
 
     @staticmethod
@@ -158,20 +161,29 @@ class _Linear(torch.autograd.Function):
         if ctx.layer is not None:
             ctx.layer.check(ctx.number)
         if ctx.needs_input_grad[0]:
-            noisy = torch.ops.finetooth.noisy_input_grad
-            dx = dy @ w if half_step is None else noisy(dy, w, half_step, kept, ctx.number, ctx.seed, ctx.name)
+            noise = (half_step, kept, ctx.number, ctx.seed, ctx.name, ctx.backend)
+            dx = dy @ w if half_step is None else torch.ops.finetooth.noisy_input_grad(dy, w, *noise)
         flat = dy.reshape(-1, dy.shape[-1])
         if index is not None:
-            chosen = torch.ops.finetooth.chosen_gradient(flat, x.reshape(-1, x.shape[-1]), index, ctx.unit, w.shape[1])
+            taken = (flat, x.reshape(-1, x.shape[-1]), index, ctx.unit, w.shape[1], ctx.backend)
+            chosen = torch.ops.finetooth.chosen_gradient(*taken)
         elif ctx.needs_input_grad[1]:
             dw = flat.t() @ x.reshape(-1, x.shape[-1])
         if ctx.needs_input_grad[2]:
             db = flat.sum(0)
-        return (dx, dw, db, chosen, *[None] * 8)
+        return (dx, dw, db, chosen, *[None] * 9)
+
+
+def sampled(unit: str, k: int, entries: int, dtype: torch.dtype, device: torch.device, backend: str) -> bool:
+    """Whether the gradient of k of so many entries is a sampled product."""
+    if unit != "element" or device.type != "cpu":
+        return False
+    plain = pick("sampled_product_", device, backend) is reference.sampled_product_
+    return k < (SAMPLED_PLAIN if plain else SAMPLED).get(dtype, 0.0) * entries
 
 
 @torch.library.custom_op("finetooth::chosen_gradient", mutates_args=())
-def chosen_gradient(dy: Tensor, x: Tensor, index: Tensor, unit: str, width: int) -> Tensor:
+def chosen_gradient(dy: Tensor, x: Tensor, index: Tensor, unit: str, width: int, backend: str) -> Tensor:
     """The chosen units of dy^T x as `[k, unit_numel]` float32.
 
     dy `[t, out]`; x `[t, in]`, or for columns `[t, k]`, the chosen inputs; index `[k]` unit ids in a weight `[out, in]`;
@@ -181,15 +193,15 @@ def chosen_gradient(dy: Tensor, x: Tensor, index: Tensor, unit: str, width: int)
         return (x.t() @ dy).float()
     if unit == "row":
         return (dy.index_select(1, index).t() @ x).float()
-    if unit == "element" and dy.device.type == "cpu" and len(index) < SAMPLED * dy.shape[1] * width:
+    if sampled(unit, len(index), dy.shape[1] * width, dy.dtype, dy.device, backend):
         out = dy.new_zeros(len(index), dtype=torch.float32)
-        pick("sampled_product_", dy.device)(out, dy, x, index // width, index % width)
+        pick("sampled_product_", dy.device, backend)(out, dy, x, index // width, index % width)
         return out[:, None]
     return _from_stripes(dy, x, index, int(unit[6:-1]) if unit != "element" else 1, width)
 
 
 @chosen_gradient.register_fake
-def _(dy: Tensor, x: Tensor, index: Tensor, unit: str, width: int) -> Tensor:
+def _(dy: Tensor, x: Tensor, index: Tensor, unit: str, width: int, backend: str) -> Tensor:
     size = {"column": dy.shape[1], "row": width, "element": 1}.get(unit) or int(unit[6:-1])
     return dy.new_empty((len(index), size), dtype=torch.float32)
 
@@ -210,9 +222,9 @@ def _from_stripes(dy: Tensor, x: Tensor, index: Tensor, size: int, width: int) -
     return out
 
 
-def _stripes(w: Tensor, half_step: Tensor, kept: Tensor, key: int) -> Any:
+def _stripes(w: Tensor, half_step: Tensor, kept: Tensor, key: int, backend: str) -> Any:
     """(rows, W + E of these rows), one buffer for all."""
-    rows, made = max(1, STRIPE // w.shape[1]), pick("noisy", w.device)
+    rows, made = max(1, STRIPE // w.shape[1]), pick("noisy", w.device, backend)
     buffer = torch.empty((min(rows, w.shape[0]), w.shape[1]), dtype=w.dtype, device=w.device)
     for first in range(0, w.shape[0], rows):
         part = slice(first, min(first + rows, w.shape[0]))
@@ -222,34 +234,40 @@ def _stripes(w: Tensor, half_step: Tensor, kept: Tensor, key: int) -> Any:
 
 
 @torch.library.custom_op("finetooth::noisy_linear", mutates_args=())
-def noisy_linear(x: Tensor, w: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str) -> Tensor:
+def noisy_linear(
+    x: Tensor, w: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str, backend: str
+) -> Tensor:
     """x (W + E)^T, with the noise E of a layer in the `number`-th forward of the model."""
     y = x.new_empty((*x.shape[:-1], w.shape[0]))
     flat, result = x.reshape(-1, x.shape[-1]), y.view(-1, w.shape[0])
-    for part, noisy in _stripes(w, half_step, kept, noise_key(seed, name, number)):
+    for part, noisy in _stripes(w, half_step, kept, noise_key(seed, name, number), backend):
         torch.mm(flat, noisy.t(), out=result[:, part])
     return y
 
 
 @torch.library.custom_op("finetooth::noisy_input_grad", mutates_args=())
 def noisy_input_grad(
-    dy: Tensor, w: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str
+    dy: Tensor, w: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str, backend: str
 ) -> Tensor:
     """dy (W + E), with the same noise."""
     flat = dy.reshape(-1, dy.shape[-1])
     dx = flat.new_zeros((flat.shape[0], w.shape[1]))
-    for part, noisy in _stripes(w, half_step, kept, noise_key(seed, name, number)):
+    for part, noisy in _stripes(w, half_step, kept, noise_key(seed, name, number), backend):
         dx.addmm_(flat[:, part], noisy)
     return dx.view(*dy.shape[:-1], w.shape[1])
 
 
 @noisy_linear.register_fake
-def _(x: Tensor, w: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str) -> Tensor:
+def _(
+    x: Tensor, w: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str, backend: str
+) -> Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]))
 
 
 @noisy_input_grad.register_fake
-def _(dy: Tensor, w: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str) -> Tensor:
+def _(
+    dy: Tensor, w: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str, backend: str
+) -> Tensor:
     return dy.new_empty((*dy.shape[:-1], w.shape[1]))
 
 

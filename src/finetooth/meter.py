@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetooth.linear import SAMPLED, STRIPE
+from finetooth.linear import STRIPE, sampled
 
 _EMPTY = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty_strided")
 PAGE = 4096
@@ -99,13 +99,13 @@ def unique_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.numel()}.values())
 
 
-def _chosen_gradient(dy: Tensor, x: Tensor, index: Tensor, unit: str, width: int) -> int:
+def _chosen_gradient(dy: Tensor, x: Tensor, index: Tensor, unit: str, width: int, backend: str) -> int:
     """Beside its result: a product before it is float32, chosen outputs, a stripe, or two operands transposed."""
     size, k = dy.element_size(), index.numel()
     if unit in ("column", "row"):
         other = dy.shape[1] if unit == "column" else width
         return (k * other * size if size < 4 else 0) + (k * dy.shape[0] * size if unit == "row" else 0)
-    if unit == "element" and k < SAMPLED * dy.shape[1] * width and dy.device.type == "cpu":
+    if sampled(unit, k, dy.shape[1] * width, dy.dtype, dy.device, backend):
         return 4 * min(TOKENS, dy.shape[0]) * (dy.shape[1] + width) + 2 * k * index.element_size()
     return min(STRIPE, dy.shape[1] * width) * size
 

@@ -36,8 +36,11 @@ class Noise:
     copy of the model has its own, with its own count.
     """
 
-    def __init__(self, model: nn.Module, columns: Mapping[str, Selection], bits: int, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, columns: Mapping[str, Selection], bits: int, seed: int, backend: str = "auto"
+    ) -> None:
         remove_noise(model)
+        self.backend = backend
         self.count = torch.zeros(
             (), dtype=torch.int64
         )  # training forwards so far; a tensor, so that compiled code can count
@@ -123,7 +126,7 @@ class LayerNoise:
     """The noise of one layer: E_ij = half_step_i n_ij with n ~ N(0, 1), zero in the chosen columns."""
 
     def __init__(self, noise: Noise, name: str, selection: Selection, stored: Tensor, bits: int, seed: int) -> None:
-        self.noise, self.name, self.seed = noise, name, seed
+        self.noise, self.name, self.seed, self.backend = noise, name, seed, noise.backend
         self.kept = kept_columns(selection)
         self.half_step = quantize.steps(oriented(stored, selection), bits, self.kept) / 2
         self.remade: tuple[int, int] | None = None  # the backward pass that made this layer again, and its forward
@@ -165,7 +168,7 @@ class _AddAfter:
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if not module.training:
             return None
-        added: Tensor = _AddNoise.apply(args[0], *self.layer.draw())  # type: ignore[no-untyped-call]
+        added: Tensor = _AddNoise.apply(args[0], self.layer.backend, *self.layer.draw())  # type: ignore[no-untyped-call]
         return output + added
 
 
@@ -174,27 +177,36 @@ class _AddNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, half_step: Tensor, kept: Tensor, number: Tensor, seed: int, name: str, layer: Any
+        ctx: Any,
+        x: Tensor,
+        backend: str,
+        half_step: Tensor,
+        kept: Tensor,
+        number: Tensor,
+        seed: int,
+        name: str,
+        layer: Any,
     ) -> Tensor:
         ctx.save_for_backward(half_step, kept)
-        ctx.number, ctx.seed, ctx.name, ctx.layer = number, seed, name, layer
-        return x @ perturbation(half_step, kept, linear.noise_key(seed, name, number)).to(x.dtype).t()
+        ctx.number, ctx.seed, ctx.name, ctx.layer, ctx.backend = number, seed, name, layer, backend
+        return x @ perturbation(half_step, kept, linear.noise_key(seed, name, number), backend).to(x.dtype).t()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         half_step, kept = ctx.saved_tensors
         if ctx.layer is not None:
             ctx.layer.check(ctx.number)
-        noise = perturbation(half_step, kept, linear.noise_key(ctx.seed, ctx.name, ctx.number))
-        return (grad @ noise.to(grad.dtype), *[None] * 6)
+        noise = perturbation(half_step, kept, linear.noise_key(ctx.seed, ctx.name, ctx.number), ctx.backend)
+        return (grad @ noise.to(grad.dtype), *[None] * 7)
 
 
 def perturbation(
     half_step: Tensor,  # [out, 1] float32: the standard deviation of every row
     kept: Tensor,  # [in] bool: the chosen columns
     key: int,
+    backend: str = "auto",
 ) -> Tensor:  # [out, in] float32
     """The noise E of one layer in one forward."""
     out = torch.zeros((half_step.shape[0], kept.numel()), device=half_step.device)
-    pick("noisy", out.device)(out, half_step, kept, key, 0, out)
+    pick("noisy", out.device, backend)(out, half_step, kept, key, 0, out)
     return out

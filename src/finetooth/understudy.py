@@ -284,7 +284,7 @@ class _Noise:
     """What `linear.py` asks of a layer's noise."""
 
     def __init__(self, name: str, weight: Tensor) -> None:
-        self.name = name
+        self.name, self.backend = name, "auto"
         self.half_step = weight.new_zeros((weight.shape[0], 1), dtype=torch.float32)
         self.kept = weight.new_zeros(weight.shape[1], dtype=torch.bool)
         self.number = weight.new_zeros((), dtype=torch.int64)
