@@ -24,7 +24,8 @@ LEVELS = (
     {"units", "kernels", "shards", "quantize"},
     {"selection", "weight", "rule"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
-    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear", "codec", "diff", "delta", "meter"},
+    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear"}
+    | {"codec", "diff", "delta", "meter"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data"},
     {"train", "run", "evaluate", "preview", "report", "hf"},
