@@ -26,6 +26,7 @@ from finetooth.data import DataError, Prepared, documents, prepare
 from finetooth.delta import Delta
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.methods import METHODS
+from finetooth.moments import check as check_moments
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import MethodPart, Recipe, RecipeError
 from finetooth.rest import quantized_rest
@@ -118,6 +119,7 @@ def train(
 def check(recipe: Recipe, resume: bool) -> None:
     """Everything that can be known to be wrong before data and weights are read."""
     check_method(recipe.method)
+    check_moments(recipe.optimizer.moments)
     check_evaluation(recipe)
     run.check(recipe, resume)
     check_context(recipe)

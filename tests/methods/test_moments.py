@@ -10,7 +10,7 @@ from tests.laws.toy import same, snapshot
 
 from .models import ids, tiny
 
-pytest.importorskip("torchao")
+pytest.importorskip("torchao", reason="moments in eight bits need torchao: pip install -e '.[8bit]'")
 
 
 def wide() -> torch.nn.Module:
