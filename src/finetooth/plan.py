@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from finetooth.anatomy import survey
+from finetooth.jobs import check_context, check_evaluation, check_method
 from finetooth.longest import Batch, batch_of
 from finetooth.recipe import Recipe
 from finetooth.rehearsal import Rehearsal, rehearse
-from finetooth.train import check_context, check_evaluation, check_method
 
 # Usable GiB of cards by the size they are sold under, as their drivers report it.
 CARDS = {"8 GB": 8.0, "12 GB": 12.0, "16 GB": 16.0, "24 GB": 24.0, "32 GB": 31.8, "40 GB": 39.5, "48 GB": 47.5}

@@ -25,11 +25,11 @@ from trl.trainer import add_fused_lm_head
 from finetooth import checkpoint
 from finetooth.assemble import arranged, loaded_from
 from finetooth.evaluate import WINDOW_BATCH
+from finetooth.jobs import CALIBRATION_BATCH, settings
 from finetooth.longest import Batch
 from finetooth.meter import Meter, unique_bytes
 from finetooth.methods import METHODS
 from finetooth.recipe import Recipe
-from finetooth.train import CALIBRATION_BATCH, settings
 from finetooth.understudy import Understudy
 
 TILE = (4096, 32768)  # tokens and vocabulary entries of TRL's tile
@@ -70,7 +70,7 @@ def bare(recipe: Recipe) -> nn.Module:
 
 
 def _optimizer(recipe: Recipe, model: nn.Module, batch: Batch, gpu: bool) -> Understudy:
-    """As `train.optimizer`: calibrated on eight rows at a time, the base from the folder or a copy in the host's memory."""
+    """As `jobs.optimizer`: calibrated on eight rows at a time, the base from the folder or a copy in the host's memory."""
     row = METHODS[recipe.method.name]
     base: Any = loaded_from(model)
     if base is None and row.state == "dense" and row.rest.kind != "reset":

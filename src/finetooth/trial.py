@@ -20,9 +20,10 @@ import torch
 
 from finetooth import embedded
 from finetooth.data import Prepared
+from finetooth.jobs import Job, load, optimizer
 from finetooth.longest import rows_of
 from finetooth.recipe import Recipe
-from finetooth.train import Job, load, make_trainer, optimizer
+from finetooth.train import make_trainer
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 M_MMAP_THRESHOLD, THRESHOLD = -3, 65536  # glibc's mallopt: larger blocks are mapped, and unmapped when they are freed

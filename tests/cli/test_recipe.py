@@ -12,8 +12,8 @@ import torch
 import yaml
 
 from finetooth.delta import Delta
+from finetooth.jobs import check
 from finetooth.recipe import Recipe, RecipeError, load, parse
-from finetooth.train import check
 
 RAW: dict[str, Any] = {
     "model": "embedded:stories260K",

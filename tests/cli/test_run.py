@@ -122,11 +122,11 @@ def test_exact_match_counts_all_that_were_to_be_asked() -> None:
 def test_exact_match_on_texts_is_refused_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetooth import train
+    from finetooth import jobs, train
     from finetooth.recipe import load
 
     (tmp_path / "rows.jsonl").write_text('{"text": "Once upon a time"}\n')
-    monkeypatch.setattr(train, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(jobs, "AutoModelForCausalLM", None)
     with pytest.raises(ValueError, match="texts only"):
         train.train(load(recipe(tmp_path, data={"eval": "rows.jsonl"})))
 
@@ -148,10 +148,10 @@ def test_the_bits_are_measured_in_the_recipes_batches(tmp_path: Path, monkeypatc
 
 
 def test_targets_rounding_and_decay_reach_the_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetooth import train
+    from finetooth import jobs
 
-    given, real = {}, train.build
-    monkeypatch.setattr(train, "build", lambda *a, **k: (given.update(k), real(*a, **k))[1])
+    given, real = {}, jobs.build
+    monkeypatch.setattr(jobs, "build", lambda *a, **k: (given.update(k), real(*a, **k))[1])
     file = recipe(tmp_path, method={"name": "dst", "keep": 0.1}, train={"precision": "bf16"}, evaluate={"task": "none"})
     changes = ["method.targets=all", "optimizer.rounding=nearest", "optimizer.decay_to=base"]
     found = call("train", file, *changes, "--json")

@@ -28,7 +28,7 @@ LEVELS = (
     | {"codec", "diff", "delta", "meter"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data"},
-    {"train", "run", "evaluate", "preview", "report", "hf"},
+    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

@@ -1,0 +1,154 @@
+"""What a run needs before it can train: a recipe that can be run, data, model, and the method's optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from finetooth import checkpoint, evaluate, run
+from finetooth.assemble import build, check_options, loaded_from
+from finetooth.data import DataError, Prepared, documents, prepare
+from finetooth.methods import METHODS
+from finetooth.moments import check as check_moments
+from finetooth.optim import SelectiveAdamW
+from finetooth.recipe import MethodPart, Recipe, RecipeError
+from finetooth.rule import check_keep
+from finetooth.spelled import choice
+
+CALIBRATION_BATCH = 8
+# Settings of `build` that a recipe has in another section than `method`.
+ELSEWHERE = {
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "max_grad_norm": "optimizer.max_grad_norm",
+    "betas": "optimizer.betas",
+    "eps": "optimizer.eps",
+    "rounding": "optimizer.rounding",
+    "decay_to": "optimizer.decay_to",
+    "seed": "train.seed",
+    "stop_after": "train.stop_after_nonfinite",
+}
+
+
+@dataclass
+class Job:
+    """Everything a run has loaded."""
+
+    recipe: Recipe
+    folder: Path
+    tokenizer: Any
+    train: Prepared
+    eval: Prepared | None
+    general: list[str]
+    model: nn.Module
+
+    @property
+    def pad(self) -> int:
+        """The id that padding gets."""
+        return int(self.tokenizer.pad_token_id)
+
+
+def check(recipe: Recipe, resume: bool) -> None:
+    """Everything that can be known to be wrong before data and weights are read."""
+    check_method(recipe.method)
+    check_moments(recipe.optimizer.moments)
+    check_evaluation(recipe)
+    run.check(recipe, resume)
+    check_context(recipe)
+
+
+def check_context(recipe: Recipe) -> None:
+    """DataError if rows may be longer than what the model was made for."""
+    longest = recipe.train.max_length
+    config = AutoConfig.from_pretrained(str(checkpoint.resolve(recipe.model)))
+    context = getattr(config, "max_position_embeddings", None) or longest
+    if longest > context:
+        raise DataError(f"train.max_length={longest} is more than the model's context of {context} tokens.")
+
+
+def check_method(part: MethodPart) -> None:
+    """The row, its options and its budget; RecipeError for a setting that has its place in another section."""
+    options = part.model_extra or {}
+    for name in options:
+        if name in ELSEWHERE:
+            raise RecipeError(f"method.{name} is not read there: write {ELSEWHERE[name]}.")
+    for pool, share in (part.keep if isinstance(part.keep, dict) else {"": part.keep}).items():
+        if share is not None:
+            check_keep(share, f"method.keep[{pool!r}]" if pool else "method.keep")
+    check_options(part.name, options, keep=part.keep, targets=part.targets)
+
+
+def check_evaluation(recipe: Recipe) -> None:
+    """RecipeError for a measurement that has nothing to measure."""
+    how, method = recipe.evaluate, recipe.method
+    for name, wanted in (("task: exact_match", how.task == "exact_match"), ("quantized_bits", how.quantized_bits)):
+        if wanted and recipe.data.eval is None:
+            raise RecipeError(f"evaluate.{name} needs data.eval: there are no rows to measure on.")
+    rule = METHODS[method.name].rule
+    unit = choice("unit", (method.model_extra or {}).get("unit", rule.unit if rule else "matrix"))
+    if how.quantized_bits and getattr(unit, "kind", unit) != "column":
+        raise RecipeError(
+            f"evaluate.quantized_bits={how.quantized_bits} rounds the columns that did not train, and {method.name!r} trains "
+            f"by {unit}: choose gift-sw, or method.unit=column."
+        )
+
+
+def load(recipe: Recipe, folder: Path) -> Job:
+    """Tokenizer and data first, then the model: bad data should not cost the loading of the weights."""
+    source = str(checkpoint.resolve(recipe.model))
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise DataError(f"the tokenizer of {recipe.model} has neither a pad nor an end-of-sequence token.")
+    data, longest = recipe.data, recipe.train.max_length
+    learn = prepare(data.train, data, tokenizer, longest, data.limit)
+    test = prepare(data.eval, data, tokenizer, longest, data.eval_limit) if data.eval else None
+    if test is not None and not test.prompts and recipe.evaluate.task == "exact_match":
+        raise DataError(f"{data.eval} has texts only: exact_match needs rows with a prompt, or messages.")
+    general = documents(recipe.evaluate.forgetting) if recipe.evaluate.forgetting else []
+    dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return Job(recipe, folder, tokenizer, learn, test, general, model.to(device))
+
+
+def optimizer(job: Job) -> SelectiveAdamW:
+    """The method's optimizer, calibrated on rows of the training data where it wants that."""
+    recipe = job.recipe
+    row = METHODS[recipe.method.name]
+    rows = job.train.examples[: recipe.method.calibration_rows]
+    batches = (
+        [evaluate.pad(batch, job.pad) for batch in evaluate.batched(rows, CALIBRATION_BATCH)]
+        if row.calibrated
+        else None
+    )
+    base: Any = loaded_from(job.model)
+    if base is None and row.state == "dense" and row.rest.kind != "reset":  # its names are not the checkpoint's
+        base = {name: p.detach().clone().cpu() for name, p in job.model.named_parameters()}
+    return build(recipe.method.name, job.model, calibration=batches, base=base, **settings(recipe))
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """What a recipe says to `build`, apart from the model, calibration batches and base."""
+    rate, method = recipe.optimizer, recipe.method
+    return {
+        "lr": rate.lr,
+        "keep": method.keep,
+        "targets": method.targets,
+        "weight_decay": rate.weight_decay,
+        "max_grad_norm": rate.max_grad_norm,
+        "betas": rate.betas,
+        "eps": rate.eps,
+        "rounding": rate.rounding,
+        "moments": rate.moments,
+        "decay_to": rate.decay_to,
+        "seed": recipe.train.seed,
+        "stop_after": recipe.train.stop_after_nonfinite,
+        **(method.model_extra or {}),
+    }

@@ -1,0 +1,96 @@
+"""What is said of a run: quality and forgetting before and after, what changed, and that it comes off again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetooth import checkpoint, evaluate
+from finetooth.base import bits
+from finetooth.delta import Delta
+from finetooth.jobs import Job
+from finetooth.optim import SelectiveAdamW
+from finetooth.rest import quantized_rest
+
+SAMPLES = 64  # of the evaluation rows, one is shown: the first that comes out right, if any does
+
+
+def measure(job: Job) -> tuple[dict[str, float], list[str]]:
+    """What the recipe asks for, on the model as it is, and a few generations."""
+    how, out, said = job.recipe.evaluate, dict[str, float](), list[str]()
+    if job.eval is not None and how.task != "none":
+        out["task_loss"] = evaluate.task_loss(job.model, job.eval.examples, job.pad, how.batch_size)
+    if job.eval is not None:
+        exact = how.task == "exact_match"
+        asked = [e for e in job.eval.examples if e.asked][: None if exact else SAMPLES]
+        prompts = [e.asked for e in asked]
+        said = evaluate.generate(job.model, job.tokenizer, prompts, how.max_new_tokens, how.batch_size)
+        if exact:
+            out["exact_match"] = evaluate.exact_match(said, asked, how.extract, job.eval.prompts)
+    if job.general:
+        out["general_loss"] = evaluate.general_loss(job.model, job.tokenizer, job.general, _context(job))
+    return out, said
+
+
+def _context(job: Job) -> int:
+    return int(min(getattr(job.model.config, "max_position_embeddings", 1024), 1024))
+
+
+def quantized(job: Job, opt: SelectiveAdamW) -> dict[str, float]:
+    """The task loss with the columns that did not train in a few bits, where the recipe asks for it."""
+    how = job.recipe.evaluate
+    width = how.quantized_bits
+    if width is None or job.eval is None:
+        return {}
+    columns = {n: s for n, s in opt.selections().items() if s.unit.kind in ("column", "row")}  # rows: stored transposed
+    with quantized_rest(job.model, columns, width):
+        loss = evaluate.task_loss(job.model, job.eval.examples, job.pad, how.batch_size)
+    return {f"task_loss_at_{width}_bits": loss}
+
+
+def summary(job: Job, delta: Delta, folder: Path) -> dict[str, Any]:
+    """How much changed, and what it takes on disk."""
+    info, weights = delta.info(), sum(p.numel() for p in job.model.parameters())
+    size = (folder / "delta.safetensors").stat().st_size
+    return {"changed": info["changed"], "weights": weights, "share": info["changed"] / weights, "delta_bytes": size}
+
+
+@torch.no_grad()
+def reverts(job: Job, delta: Delta) -> bool:
+    """Take the delta off and compare every parameter with a fresh load of the base, bit for bit."""
+    fresh = AutoModelForCausalLM.from_pretrained(str(checkpoint.resolve(job.recipe.model)), dtype=job.model.dtype)
+    expected = dict(fresh.named_parameters())
+    with delta.reverted(job.model):
+        return all(torch.equal(bits(p.cpu()), bits(expected[name])) for name, p in job.model.named_parameters())
+
+
+def sample(job: Job, before: list[str], after: list[str]) -> dict[str, str]:
+    """One evaluation row with what the model said before and says now."""
+    asked = [e for e in job.eval.examples if e.asked] if job.eval is not None else []
+    if not asked or not after:
+        return {}
+    shown = range(min(SAMPLES, len(after)))
+    right = [i for i in shown if evaluate.answer(after[i], job.recipe.evaluate.extract) == asked[i].target.strip()]
+    at = right[0] if right else 0
+    prompt = job.tokenizer.decode(asked[at].asked, skip_special_tokens=True)
+    return {
+        "prompt": prompt.strip(),
+        "before": before[at].strip(),
+        "after": after[at].strip(),
+        "expected": asked[at].target,
+    }
+
+
+def notes(job: Job) -> dict[str, dict[str, int] | None]:
+    """What must be known about the data, counted for each file."""
+    return {"train": job.train.counts(), "eval": job.eval.counts() if job.eval is not None else None}
+
+
+def remarks(job: Job) -> list[str]:
+    """What a person should know about both files, each thing once."""
+    eos = job.tokenizer.eos_token_id
+    said = job.train.remarks(eos) + (job.eval.remarks(eos, "evaluation") if job.eval is not None else [])
+    return list(dict.fromkeys(said))
