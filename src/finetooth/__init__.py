@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetooth.assemble import build
     from finetooth.delta import Delta, DeltaError, WrongBase
+    from finetooth.files import NotWritten
     from finetooth.guard import NonFiniteError
     from finetooth.methods import METHODS, Method
     from finetooth.named import FrozenMoved
     from finetooth.optim import SelectiveAdamW
     from finetooth.rule import Rule
+    from finetooth.saved import last_good, saving, seal
     from finetooth.selection import Selection, select
     from finetooth.units import Unit
     from finetooth.weight import Weight
@@ -32,6 +34,7 @@ _HOMES = {
     "FrozenMoved": "named",
     "Method": "methods",
     "NonFiniteError": "guard",
+    "NotWritten": "files",
     "Rule": "rule",
     "Selection": "selection",
     "SelectiveAdamW": "optim",
@@ -39,6 +42,9 @@ _HOMES = {
     "Weight": "weight",
     "WrongBase": "delta",
     "build": "assemble",
+    "last_good": "saved",
+    "saving": "saved",
+    "seal": "saved",
     "select": "selection",
 }
 
@@ -49,6 +55,7 @@ __all__ = [
     "FrozenMoved",
     "Method",
     "NonFiniteError",
+    "NotWritten",
     "Rule",
     "Selection",
     "SelectiveAdamW",
@@ -57,6 +64,9 @@ __all__ = [
     "WrongBase",
     "__version__",
     "build",
+    "last_good",
+    "saving",
+    "seal",
     "select",
 ]
 

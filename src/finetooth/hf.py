@@ -2,6 +2,8 @@
 
 The optimizer goes in by the public door, `optimizers=(opt, None)`. Its own clipping replaces the trainer's, so
 the norm in the logs is taken from it: it is the norm of the gradients that were used.
+
+A checkpoint that the trainer has finished is sealed (`saved.py`), so that `last_good` can tell it from one that was being written.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from finetooth import saved, shards
+from finetooth.files import room, whole
 from finetooth.optim import SelectiveAdamW
 from finetooth.run import to_json
 
@@ -21,21 +25,37 @@ Progress = Callable[[int, int, float | None], None]  # step, steps in all, last 
 
 
 class SelectiveCallback(TrainerCallback):
-    """True gradient norms and skipped steps in the logs, a metrics file, and progress."""
+    """True gradient norms and skipped steps in the logs, sealed checkpoints, a metrics file, and progress."""
 
-    def __init__(self, opt: SelectiveAdamW, metrics: Path | None = None, progress: Progress | None = None) -> None:
-        self._opt, self._metrics, self._progress, self._loss = opt, metrics, progress, None
+    def __init__(
+        self,
+        opt: SelectiveAdamW,
+        metrics: Path | None = None,
+        progress: Progress | None = None,
+        seal: bool = True,
+    ) -> None:
+        self._opt, self._metrics, self._progress, self._seal, self._loss = opt, metrics, progress, seal, None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A resumed run continues the metrics file from its checkpoint: later lines belong to what was lost.
 
         A line that is not whole is one that the run was killed in.
         """
-        if self._metrics is None or not self._metrics.exists():
+        _check_checkpoints(args, state, self._opt, self._seal)
+        if self._metrics is None or not self._metrics.exists() or not state.is_world_process_zero:
             return
         lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines if _step(line) <= state.global_step]
-        self._metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with whole(self._metrics) as temp:
+            temp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal the checkpoint, when every rank has written its part."""
+        if not self._seal:
+            return
+        shards.wait()
+        if args.should_save:
+            saved.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Put the optimizer's figures into the log and append it to the metrics file."""
@@ -46,7 +66,7 @@ class SelectiveCallback(TrainerCallback):
         self._report(state)
         if self._metrics is not None and state.is_world_process_zero:
             line = {"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}}
-            with self._metrics.open("a", encoding="utf-8") as file:
+            with room(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
                 file.write(to_json(line) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,6 +77,17 @@ class SelectiveCallback(TrainerCallback):
     def _report(self, state: Any) -> None:
         if self._progress is not None:
             self._progress(state.global_step, state.max_steps, self._loss)
+
+
+def _check_checkpoints(args: Any, state: Any, opt: SelectiveAdamW, seal: bool) -> None:
+    """ValueError for a run that goes on without its optimizer state, or that will delete before it knows what it has."""
+    if state.global_step and not opt.steps + opt.skipped:
+        raise ValueError(
+            f"this run goes on at step {state.global_step}, and its checkpoint had no optimizer state: it was saved with "
+            "save_only_model=True, which nothing can be resumed from."
+        )
+    if seal and args.save_total_limit == 1:
+        raise ValueError("save_total_limit=1 deletes the last good checkpoint before the new one is sealed: give 2.")
 
 
 def _step(line: str) -> float:

@@ -18,6 +18,17 @@ def world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which rank this is; 0 without torch.distributed."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def wait() -> None:
+    """Go on when every rank is here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def reduce_(tensors: Iterable[Tensor], how: str) -> None:
     """All-reduce tensors in place, how = 'mean', 'sum' or 'max'; does nothing on a single rank."""
     ranks = world()

@@ -35,13 +35,14 @@ def tiny() -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, **size))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/own-rules.md", "docs/guarantees.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/own-rules.md", "docs/guarantees.md", "docs/resume.md"])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ids = torch.arange(24).reshape(2, 12)
     space: dict[str, Any] = {"model": tiny(), "base_model": tiny(), "batches": [{"input_ids": ids, "labels": ids}]}
-    if page == "docs/guarantees.md":
+    if page in ("docs/guarantees.md", "docs/resume.md"):
         space["opt"] = finetooth.build("magnitude", space["model"])
+        space |= {"torch": torch, "rows": [{"input_ids": row, "labels": row} for row in torch.arange(96).view(8, 12) % 64]}
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert blocks
     for block in blocks:

@@ -21,14 +21,14 @@ PACKAGE = SRC / "finetooth"
 
 # From low to high. A module may import its own level and those below; a cycle is never allowed.
 LEVELS = (
-    {"units", "kernels", "shards", "quantize"},
-    {"selection", "weight", "rule"},
+    {"units", "kernels", "shards", "quantize", "files"},
+    {"selection", "weight", "rule", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear"}
     | {"codec", "diff", "delta", "meter"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data"},
-    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf"},
+    {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from finetooth import NonFiniteError
+
 from .toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,27 @@ def test_resume(row: str, dtype: str, folder: Path) -> None:
     for at, value in ours.items():
         assert torch.equal(value, theirs[at]) if isinstance(value, torch.Tensor) else value == theirs[at], at
     opt.verify_frozen()
+
+
+def test_bad_steps_in_a_row_are_counted_on() -> None:
+    """A run that is killed and resumed again and again still stops at the fifth bad gradient."""
+    first, ids = Toy(), batches(1)[0]
+    opt = build("grad", first, gradients="dense")
+    for _ in range(3):
+        first(ids).loss.backward()
+        opt._parameters()["model.layers.0.self_attn.q_proj.weight"].grad.fill_(float("nan"))
+        opt.step()
+        opt.zero_grad()
+    second = Toy()
+    later = build("grad", second, gradients="dense")
+    later.load_state_dict(opt.state_dict())
+    assert later.skipped == 3
+    with pytest.raises(NonFiniteError, match="5 gradients in a row"):
+        for _ in range(2):
+            second(ids).loss.backward()
+            later._parameters()["model.layers.0.self_attn.q_proj.weight"].grad.fill_(float("nan"))
+            later.step()
+            later.zero_grad()
 
 
 def test_a_state_of_other_parameters_is_refused() -> None:
