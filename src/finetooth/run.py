@@ -54,8 +54,23 @@ def resumed(folder: Path, say: Callable[[str], None] | None) -> Path | None:
     """The checkpoint to go on from, verified by hash; None to start at the beginning."""
     found = saved.last_good(folder / CHECKPOINTS, say)
     if say is not None:
-        say("there is no checkpoint yet: starting at the beginning." if found is None else f"going on from {found.name}.")
+        say(
+            "there is no checkpoint yet: starting at the beginning."
+            if found is None
+            else f"going on from {found.name}."
+        )
+        if found is not None and (other := _other_environment(folder)):
+            say(f"equal bits are not promised, because this is another environment: {', '.join(other)}.")
     return found
+
+
+def _other_environment(folder: Path) -> list[str]:
+    """What has changed since the run was started."""
+    try:
+        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [f"{k} {before.get(k)} (now {v})" for k, v in environment().items() if before.get(k) != v]
 
 
 @contextmanager

@@ -58,7 +58,9 @@ def saving(folder: str | Path, keep: int | None = None) -> Iterator[Path]:
     """
     target = Path(folder)
     if _number(target) is None:
-        raise ValueError(f"{target.name!r} does not end in a step: name it like 'step-40', so that the newest is known.")
+        raise ValueError(
+            f"{target.name!r} does not end in a step: name it like 'step-40', so that the newest is known."
+        )
     if keep is not None and keep < 1:
         raise ValueError(f"keep={keep} would leave no checkpoint: give 1 or more, or None for all.")
     aside, first = target.parent / UNFINISHED, shards.rank() == 0

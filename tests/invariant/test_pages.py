@@ -42,7 +42,10 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     space: dict[str, Any] = {"model": tiny(), "base_model": tiny(), "batches": [{"input_ids": ids, "labels": ids}]}
     if page in ("docs/guarantees.md", "docs/resume.md"):
         space["opt"] = finetooth.build("magnitude", space["model"])
-        space |= {"torch": torch, "rows": [{"input_ids": row, "labels": row} for row in torch.arange(96).view(8, 12) % 64]}
+        space |= {
+            "torch": torch,
+            "rows": [{"input_ids": row, "labels": row} for row in torch.arange(96).view(8, 12) % 64],
+        }
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert blocks
     for block in blocks:

@@ -41,7 +41,10 @@ from tests.laws.toy import own_score
 ROWS, BATCH, ACCUMULATE, EPOCHS, EVERY = 22, 2, 2, 3, 3
 PER_EPOCH = -(-ROWS // (BATCH * ACCUMULATE))  # the last step of an epoch has one batch less
 STEPS = EPOCHS * PER_EPOCH
-BUDGET: dict[str, Any] = {"gift-sw": {"keep": 8}, **dict.fromkeys(("random", "grad", "snip", "magnitude", "own"), {"keep": 0.05})}
+BUDGET: dict[str, Any] = {
+    "gift-sw": {"keep": 8},
+    **{row: {"keep": 0.05} for row in ("random", "grad", "snip", "magnitude", "own")},
+}
 SHARED: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
     "gradient_accumulation_steps": ACCUMULATE,

@@ -18,7 +18,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not hasattr(os, "fork"), reason="a process that has imported everything is forked for every attempt"),
+    pytest.mark.skipif(
+        not hasattr(os, "fork"), reason="a process that has imported everything is forked for every attempt"
+    ),
 ]
 
 
@@ -34,7 +36,9 @@ def killed(*words: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    "words", [("--rows", "gift-sw"), ("--rows", "gmt-strict,dst", "--entries", "finetooth train")], ids=["entries", "rows"]
+    "words",
+    [("--rows", "gift-sw"), ("--rows", "gmt-strict,dst", "--entries", "finetooth train")],
+    ids=["entries", "rows"],
 )
 def test_killed_and_resumed_it_ends_the_same(words: tuple[str, ...]) -> None:
     found = killed(*words)

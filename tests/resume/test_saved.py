@@ -104,16 +104,25 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     write(tmp_path, 1)
-    with pytest.raises(KeyError, match="mine"), saving(tmp_path / "step-2") as folder:
-        (folder / "model.safetensors").write_text("half")
-        raise KeyError("mine")
+
+    def half() -> None:
+        with saving(tmp_path / "step-2") as folder:
+            (folder / "model.safetensors").write_text("half")
+            raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        half()
     assert names(tmp_path) == {"step-1"} and last_good(tmp_path) == tmp_path / "step-1"
 
 
 def test_a_library_that_cannot_write_is_named_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(finetooth.NotWritten, match=r"step-2 could not be written: the writer gave up \([\d,]+ bytes free"):
-        with saving(tmp_path / "step-2"):
-            raise RuntimeError("the writer gave up\nand a stack of C++")
+    with (
+        pytest.raises(
+            finetooth.NotWritten, match=r"step-2 could not be written: the writer gave up \([\d,]+ bytes free"
+        ),
+        saving(tmp_path / "step-2"),
+    ):
+        raise RuntimeError("the writer gave up\nand a stack of C++")
     assert names(tmp_path) == set()
 
 

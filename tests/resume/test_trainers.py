@@ -56,7 +56,7 @@ def test_a_checkpoint_without_the_optimizer_is_not_resumed(tmp_path: Path) -> No
 
 
 def test_deleting_before_sealing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="save_total_limit=1.*give 2"):
+    with pytest.raises(ValueError, match=r"save_total_limit=1.*give 2"):
         trainer(tmp_path, save_total_limit=1)[0].train()
 
 
