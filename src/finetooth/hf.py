@@ -91,8 +91,9 @@ def _check_checkpoints(args: Any, state: Any, opt: SelectiveAdamW, seal: bool) -
 
 
 def _step(line: str) -> float:
-    """The step of a line of metrics; infinity for a line that is not whole."""
+    """The step of a line of metrics; infinity for a line that is not whole, and for the summary, which is written again."""
     try:
-        return float(json.loads(line)["step"])
+        found = json.loads(line)
+        return math.inf if "train_runtime" in found else float(found["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf

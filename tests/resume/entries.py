@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DataLoaderConfiguration
 from datasets import Dataset
 from safetensors.torch import load_model, save_model
 from torch.utils.data import DataLoader
@@ -225,7 +225,7 @@ def accelerate(row: str, out: Path) -> Ended:
     tool = Accelerator(
         cpu=True,
         gradient_accumulation_steps=ACCUMULATE,
-        project_config=ProjectConfiguration(str(out)),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),
     )
     shuffled = DataLoader(
         Dataset.from_list(tokens(tokenizer)).with_format("torch"),
