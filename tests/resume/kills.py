@@ -175,7 +175,7 @@ def trial(entry: str, row: str, kills: int, draw: random.Random, folder: Path) -
     landed, torn, removed = Counter[str](), 0, 0
     for i in range(kills):
         moment = MOMENTS[i % len(MOMENTS)]
-        share = straight["seen"].get(moment, 0) // (kills - 1 or 1)  # so that there is something left for the next
+        share = straight["seen"].get(moment, 0) // kills  # so that there is something left for the next
         kill = (moment, draw.randint(1, max(1, share)), draw.uniform(0.2, 0.9) * seconds)
         died, more = attempted(entry, row, killed, *kill)
         removed += more

@@ -42,5 +42,6 @@ def killed(*words: str) -> list[dict[str, Any]]:
 )
 def test_killed_and_resumed_it_ends_the_same(words: tuple[str, ...]) -> None:
     found = killed(*words)
-    assert all(f["landed"] == {"step": 1, "checkpoint": 1, "time": 1} for f in found), found
+    certain = [(f["landed"]["step"], f["landed"]["checkpoint"]) for f in found]  # a moment may come after the end
+    assert certain == [(1, 1)] * len(found), found
     assert sum(sum(f["different"].values()) for f in found) == 0, found
