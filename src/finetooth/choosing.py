@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from finetooth import pieces, shards
 from finetooth.anatomy import Part
+from finetooth.checks import check_shards
 from finetooth.gradients import Gradients, remove_gradients
 from finetooth.kernels import reference
 from finetooth.linear import Chosen
@@ -53,13 +54,18 @@ class ChoosingOptimizer(NamedOptimizer):
 
     @torch.no_grad()
     def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._attached: dict[str, Noise | Gradients] = {}
+        self._attached: dict[
+            str, Any
+        ] = {}  # what is in the model for as long as the optimizer lives; each can `remove`
         weakref.finalize(self, _take_out, self._attached)
         if self._model is not None:
             remove_noise(self._model)  # of an earlier optimizer
             remove_gradients(self._model)
+            if shards.world() > 1:
+                self._attached["follow"] = self._model.register_forward_pre_hook(_Follow(self))
         for p in self._others.values():
-            p.requires_grad_(False)
+            if p is not None:
+                p.requires_grad_(False)
         for p in self._parameters().values():
             p.requires_grad_(True)
         if self._compact and self.when(0):
@@ -88,6 +94,36 @@ class ChoosingOptimizer(NamedOptimizer):
         self._take_prints()
         if self._to_base and not self._knows_bases():
             raise ValueError('decay_to="base" needs the pretrained values of what trains: give base=.')
+
+    def _live(self) -> dict[str, Tensor]:
+        self._adopt()
+        return super()._live()
+
+    def _adopt(self) -> None:
+        """Follow parameters that were sharded after the optimizer was built: accelerate swaps them in `param_groups`."""
+        held = self._parameters()
+        if self._cuts or not any(shards.sharded(p) for p in held.values()):
+            return
+        if self._model is None:
+            raise RuntimeError(
+                "the parameters were sharded after the optimizer was built: give it model=, or build it after."
+            )
+        check_shards(held, self._moments)
+        one = next(iter(held.values()))
+        names = {name: tuple(p.shape) for name, p in [*held.items(), *self._others.items()] if p is not None}
+        self._cuts = {name: shards.like(shape, one) for name, shape in names.items()}
+        self._others = dict.fromkeys(self._others)  # the model has others by now, and these would be kept alive
+        for name, slot in self._slots.items():
+            state = pieces.cut_state(slot.state(), self._cuts[name], self._compact)
+            self._slots[name] = Slot.restore(name, state, shards.local(held[name]).device, slot.kind)
+        self._count_chosen()
+        if self._gradients is not None:
+            self._gather()
+
+    def _resharded(self, name: str) -> Tensor:
+        assert self._model is not None  # _adopt has asked
+        shards.reshard(self._model)
+        return self._model.get_parameter(name)
 
     def _remembers(self, slot: Slot) -> bool:
         if self.rest.kind == "reset" or not self._compact or self.rule is None:
@@ -255,7 +291,18 @@ def _read(lazy: Lazy) -> Tensor:
     return found
 
 
-def _take_out(attached: dict[str, Noise | Gradients]) -> None:
+class _Follow:
+    """Before a forward: see whether the parameters have been sharded, as their gradients are then gathered in another way."""
+
+    def __init__(self, opt: ChoosingOptimizer) -> None:
+        self._opt = weakref.ref(opt)
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if (opt := self._opt()) is not None:
+            opt._adopt()
+
+
+def _take_out(attached: dict[str, Any]) -> None:
     """The model is as it was, once its optimizer is gone."""
     for part in attached.values():
         part.remove()

@@ -41,13 +41,15 @@ class NamedOptimizer(torch.optim.Optimizer):
     _compact = False  # whether state is held for what is chosen only
 
     def __init__(
-        self, named: Iterable[tuple[str, Tensor]], others: dict[str, Tensor], base: Any, defaults: dict[str, Any]
+        self, named: Iterable[tuple[str, Tensor]], others: dict[str, Tensor | None], base: Any, defaults: dict[str, Any]
     ) -> None:
         named = list(named)
         self.seed, self.steps, self.skipped = 0, 0, 0
         self._base: Base | None = None if base is None else open_base(base)
         self._others = others
-        self._cuts = {n: cut for n, p in [*named, *others.items()] if (cut := shards.cut(n, p)) is not None}
+        self._cuts = {
+            n: cut for n, p in [*named, *others.items()] if p is not None and (cut := shards.cut(n, p)) is not None
+        }
         self._slots = {name: Slot(name) for name, _ in named}
         self._prints: dict[str, str] = {}
         self._origins: dict[str, str] = {}
@@ -136,6 +138,12 @@ class NamedOptimizer(torch.optim.Optimizer):
     # -- books ----------------------------------------------------------------------------------------
 
     def _parameters(self) -> dict[str, nn.Parameter]:
+        for group in self.param_groups:
+            if len(group["params"]) != len(group["param_names"]):
+                raise RuntimeError(
+                    f"the optimizer was built with {len(group['param_names'])} parameters and has {len(group['params'])} now: DeepSpeed "
+                    "(ZeRO-1, 2 and 3) and FSDP1 put flat buffers in their place, which is not supported. Use DDP or FSDP2."
+                )
         return {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
 
     def _live(self) -> dict[str, Tensor]:
@@ -143,7 +151,14 @@ class NamedOptimizer(torch.optim.Optimizer):
         return {name: shards.local(p) for name, p in self._parameters().items()}
 
     def _parameter(self, name: str) -> Tensor:
-        return self._others[name] if name in self._others else self._parameters()[name]
+        if name not in self._others:
+            return self._parameters()[name]
+        found = self._others[name]
+        return self._resharded(name) if found is None else found
+
+    def _resharded(self, name: str) -> Tensor:
+        """A parameter that takes no part, of a model that was sharded after the optimizer was built."""
+        raise NotImplementedError
 
     def _check_dtypes(self) -> None:
         """What is held beside a weight (masters, base values) is of the dtype that it had at the start."""

@@ -147,7 +147,9 @@ class SelectiveAdamW(ChoosingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_dtypes()
+        self._adopt()
         grads = self._collected()
+        self._refuse_rehearsal(grads)
         if not self._guard.some(grads, next(iter(self._slots))):
             return loss
         held = self._live()
@@ -160,6 +162,20 @@ class SelectiveAdamW(ChoosingOptimizer):
             self._gradients.clear()
             self._gradients.pause(self._selects())
         return loss
+
+    def _refuse_rehearsal(self, grads: Mapping[str, Tensor]) -> None:
+        """torch.distributed.checkpoint steps with no gradients at all to make an optimizer fill its `state`, and saves that."""
+        if (
+            not grads
+            or any(float(group["lr"]) for group in self.param_groups)
+            or any(bool(g.any()) for g in grads.values())
+        ):
+            return
+        raise RuntimeError(
+            "a step of lr 0 with gradients that are all 0: that is torch.distributed.checkpoint (accelerate's save_state under FSDP), "
+            "which saves what lies in `optimizer.state`, where a selective optimizer keeps nothing. Nothing was changed. Save "
+            "opt.state_dict(), called on every rank, from rank 0, and load it on every rank."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, those in `p.grad` and those that were gathered."""

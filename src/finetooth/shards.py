@@ -80,13 +80,11 @@ def cut(name: str, p: Tensor) -> Cut | None:
     if not sharded(p):
         return None
     from torch.distributed.tensor import Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     placements, mesh = tuple(p.placements), p.device_mesh  # type: ignore[attr-defined]
     if placements != (Shard(0),) or mesh.ndim != 1 or mesh.size() != world():
         raise ValueError(f"{name!r} is placed as {placements} on a mesh of {mesh.size()} ranks: {_REMEDY}.")
-    shape, offset = compute_local_shape_and_global_offset(p.shape, mesh, placements)
-    return Cut(tuple(p.shape), min(offset[0], p.shape[0]), shape[0])
+    return like(tuple(p.shape), p)
 
 
 def reshard(model: Any) -> None:
@@ -94,6 +92,14 @@ def reshard(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()
+
+
+def like(shape: tuple[int, ...], p: Any) -> Cut:
+    """How a tensor of this shape is cut on the mesh of a sharded parameter."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    held, offset = compute_local_shape_and_global_offset(shape, p.device_mesh, p.placements)
+    return Cut(shape, min(offset[0], shape[0]), held[0])
 
 
 def local(t: Tensor) -> Tensor:
