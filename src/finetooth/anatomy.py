@@ -40,7 +40,7 @@ def survey(model: nn.Module) -> dict[str, Part]:
         for path, module in model.named_modules()
         for name, _ in module.named_parameters(recurse=False)
     }
-    classes = {path: type(module).__name__ for path, module in model.named_modules()}
+    classes = {path: _class_name(module) for path, module in model.named_modules()}
     return {name: _part(name, p, owners[name], classes) for name, p in model.named_parameters()}
 
 
@@ -64,7 +64,7 @@ def guess(names: Iterable[tuple[str, Tensor]]) -> dict[str, Part]:
 
 def _part(name: str, p: Tensor, owner: nn.Module, classes: Mapping[str, str]) -> Part:
     block, kind = layer(name), "other"
-    class_name = type(owner).__name__
+    class_name = _class_name(owner)
     if name.endswith("bias"):
         kind = "bias"
     elif "Norm" in class_name:
@@ -79,6 +79,10 @@ def _part(name: str, p: Tensor, owner: nn.Module, classes: Mapping[str, str]) ->
     if kind == "expert":  # transformers notes it on most of its expert classes
         transposed = getattr(owner, "is_transposed", EXPERTS.get(class_name))
     return Part(name, kind, block, _place(name, class_name, classes), transposed)
+
+
+def _class_name(module: nn.Module) -> str:
+    return type(module).__name__.removeprefix("FSDP")  # which `fully_shard` puts before the class of what it shards
 
 
 def _place(name: str, owner: str, classes: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from finetooth import shards
 from finetooth.anatomy import Part, Targets, matching, survey
 from finetooth.base import open_base
 from finetooth.checks import check_choice, check_together
@@ -105,6 +106,7 @@ def arranged(
 
     `given` is the rest of what `build` takes. A plan makes the same arguments of a model without values (`rehearsal.py`).
     """
+    shards.reshard(model)
     row, plain = _row(method), {name: value for name, value in given.items() if name in _PLAIN}
     overrides = {name: value for name, value in given.items() if name not in _PLAIN}
     _check_names(row, overrides, _OPTIMIZER)
@@ -121,6 +123,7 @@ def arranged(
         parts = survey(model)
         wanted = matching(rule.targets if rule else "all", parts)
         stats = calibrate(model, calibration, {name: parts[name] for name in wanted}, row.calibration)
+        shards.reshard(model)
     if base is None and (rule is None or row.state == "dense" or row.rest.kind == "quantized"):
         base = loaded_from(model)
     return {

@@ -10,7 +10,9 @@ chosen *is* still the base, so only the values under the chosen units are held.
 `fingerprint` hashes a tensor's dtype, shape and bytes. A hash of the whole model would be one number, but
 could neither name the tensor that differs nor be checked shard by shard.
 
-Not covered: sharded tensors (DTensor), quantized checkpoints, pickle files (`pytorch_model.bin`).
+A sharded tensor (DTensor) is put together when it is read, which every rank must ask for.
+
+Not covered: quantized checkpoints, pickle files (`pytorch_model.bin`).
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetooth.checkpoint import HUB_ID, names_in, open_file, resolve, shards
+from finetooth import shards
+from finetooth.checkpoint import HUB_ID, names_in, open_file, resolve
+from finetooth.checkpoint import shards as files_of
 from finetooth.selection import Selection
 from finetooth.units import Unit
 
@@ -218,7 +222,7 @@ def open_base(source: Any) -> Base:
 
 def _checkpoint(source: str | Path) -> Base:
     path = resolve(source)
-    where = shards(path) if path.is_dir() else names_in(path)
+    where = files_of(path) if path.is_dir() else names_in(path)
     resolved = path.resolve()
     if resolved.parent.name == "snapshots":  # the hub's cache: models--org--name/snapshots/<commit>
         return Files(where, resolved.parent.parent.name.removeprefix("models--").replace("--", "/"), resolved.name)
@@ -229,6 +233,7 @@ def _module(model: nn.Module) -> Base:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     model = getattr(model, "_orig_mod", model)
+    shards.reshard(model)
     buffers = frozenset(_WRAPPERS.sub("", name) for name, _ in model.named_buffers())
     return Held(model.state_dict(), model, buffers)
 
@@ -247,9 +252,11 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[Any, str] = {}
     tied = {}
     for name, t in tensors.items():
-        if t.numel() == 0 or t.device.type == "meta" or hasattr(t, "full_tensor"):
+        if t.numel() == 0 or t.device.type == "meta":
             continue
-        key = (t.device, t.data_ptr(), t.dtype, tuple(t.shape), t.stride())
+        # A rank may hold no row of a sharded tensor, but FSDP2 pads its storage.
+        place = shards.local(t).untyped_storage().data_ptr() if shards.sharded(t) else t.data_ptr()
+        key = (t.device, place, t.dtype, tuple(t.shape), t.stride())
         if first.setdefault(key, name) != name:
             tied[name] = first[key]
     return tied
@@ -258,9 +265,7 @@ def _shared(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _plain(name: str, t: Tensor) -> Tensor:
     if t.device.type == "meta":
         raise ValueError(f"'{name}' has no data (it is on the meta device): load the weights first.")
-    if hasattr(t, "full_tensor"):
-        raise ValueError(f"'{name}' is sharded over devices (DTensor): gather it to one rank first.")
-    return t
+    return shards.whole(t)
 
 
 @dataclass

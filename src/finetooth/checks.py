@@ -6,7 +6,7 @@ error here, because nobody notices an ignored option until the results are in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -114,9 +114,23 @@ def check_parts(rule: Rule | None, rest: Rest, parts: Iterable[Part], classes_kn
             )
 
 
+def check_shards(trained: Mapping[str, Tensor], moments: str) -> None:
+    """Sharded parameters among others, or with state that cannot be cut."""
+    whole = [name for name, p in trained.items() if shards.cut(name, p) is None]
+    if len(whole) == len(trained):
+        return
+    if whole:
+        raise ValueError(
+            f"{whole[0]!r} is not sharded, and other parameters are: shard the whole model (fully_shard(model) last), or leave it out "
+            "of targets."
+        )
+    if moments != "fp32":
+        raise ValueError(f"moments={moments!r} of sharded parameters are not supported: choose moments='fp32'.")
+
+
 def check_parameter(name: str, p: Tensor) -> None:
     """A parameter that cannot be trained selectively."""
-    shards.refuse_sharded(name, p)
+    p = shards.local(p)
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name!r} is {p.dtype}: weights that train are float32, bfloat16 or float16.")
     if not p.is_contiguous():

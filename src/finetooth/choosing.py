@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetooth import pieces, shards
 from finetooth.anatomy import Part
+from finetooth.checks import check_shards
 from finetooth.gradients import Gradients, remove_gradients
 from finetooth.kernels import reference
 from finetooth.linear import Chosen
@@ -52,13 +54,18 @@ class ChoosingOptimizer(NamedOptimizer):
 
     @torch.no_grad()
     def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._attached: dict[str, Noise | Gradients] = {}
+        self._attached: dict[
+            str, Any
+        ] = {}  # what is in the model for as long as the optimizer lives; each can `remove`
         weakref.finalize(self, _take_out, self._attached)
         if self._model is not None:
             remove_noise(self._model)  # of an earlier optimizer
             remove_gradients(self._model)
+            if shards.world() > 1:
+                self._attached["follow"] = self._model.register_forward_pre_hook(_Follow(self))
         for p in self._others.values():
-            p.requires_grad_(False)
+            if p is not None:
+                p.requires_grad_(False)
         for p in self._parameters().values():
             p.requires_grad_(True)
         if self._compact and self.when(0):
@@ -70,16 +77,53 @@ class ChoosingOptimizer(NamedOptimizer):
                 if stats or self.rest.kind in ("noise", "quantized"):
                     raise
         if self.rule is None:
-            for name, p in self._parameters().items():
+            for name, p in self._live().items():
                 self._slots[name].selection = Selection.whole(tuple(p.shape), p.device)
+            self._count_chosen()
         self._rewrote_base = self.rest.kind == "quantized"
         self._take_origins()
         if self._rewrote_base:
             for name, selection in self.selections().items():
-                quantize_(self._parameter(name), selection, self.rest.bits)
+                p = self._parameter(name)
+                rounded = shards.whole(
+                    p
+                )  # its own copy where it is sharded: a step belongs to a row, wherever its columns are
+                quantize_(rounded, selection, self.rest.bits)
+                if name in self._cuts:
+                    shards.local(p).copy_(pieces.rows(rounded, self._cuts[name]))
         self._take_prints()
         if self._to_base and not self._knows_bases():
             raise ValueError('decay_to="base" needs the pretrained values of what trains: give base=.')
+
+    def _live(self) -> dict[str, Tensor]:
+        self._adopt()
+        return super()._live()
+
+    def _adopt(self) -> None:
+        """Follow parameters that were sharded after the optimizer was built: accelerate swaps them in `param_groups`."""
+        held = self._parameters()
+        if self._cuts or not any(shards.sharded(p) for p in held.values()):
+            return
+        if self._model is None:
+            raise RuntimeError(
+                "the parameters were sharded after the optimizer was built: give it model=, or build it after."
+            )
+        check_shards(held, self._moments)
+        one = next(iter(held.values()))
+        names = {name: tuple(p.shape) for name, p in [*held.items(), *self._others.items()] if p is not None}
+        self._cuts = {name: shards.like(shape, one) for name, shape in names.items()}
+        self._others = dict.fromkeys(self._others)  # the model has others by now, and these would be kept alive
+        for name, slot in self._slots.items():
+            state = pieces.cut_state(slot.state(), self._cuts[name], self._compact)
+            self._slots[name] = Slot.restore(name, state, shards.local(held[name]).device, slot.kind)
+        self._count_chosen()
+        if self._gradients is not None:
+            self._gather()
+
+    def _resharded(self, name: str) -> Tensor:
+        assert self._model is not None  # _adopt has asked
+        shards.reshard(self._model)
+        return self._model.get_parameter(name)
 
     def _remembers(self, slot: Slot) -> bool:
         if self.rest.kind == "reset" or not self._compact or self.rule is None:
@@ -95,14 +139,15 @@ class ChoosingOptimizer(NamedOptimizer):
     def _select_compact(self, grads: Mapping[str, Lazy], stats: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Select, and let the state follow; the first selection also settles what will never train."""
         assert self.rule is not None
-        live = self._parameters()
+        live = self._live()
         weights = (self._weight(n, p, grads.get(n), stats.get(n)) for n, p in live.items())  # let go of pool by pool
         found = select(self.rule, weights)
-        if not any(s.numel for s in found.values()):
-            raise ValueError(f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.")
         for name, selection in found.items():
-            slot = self._slots[name]
-            slot.follow(selection, live[name], self.rest.kind == "reset", self._remembers(slot), self._masters)
+            slot, here = self._slots[name], self._here(name, selection)
+            slot.follow(here, live[name], self.rest.kind == "reset", self._remembers(slot), self._masters)
+        self._count_chosen()
+        if not self._selected():
+            raise ValueError(f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.")
         self._settle()
         self._gather()
 
@@ -122,14 +167,15 @@ class ChoosingOptimizer(NamedOptimizer):
 
     def _gather(self) -> None:
         """Gather the gradients of what is chosen, where that is worth it; dense at a step that selects by them."""
-        selections = self.selections()
+        selections = {n: s for n, s in self._held().items() if self._slots[n].chosen}
         if self._route == "dense" or not self._compact or not selections:
             return
         before = dict[str, Chosen]()
         if self._gradients is not None:
             before = self._gradients.chosen
             self._gradients.remove()
-        self._gradients = Gradients(self._model, self._parameters(), selections, self._route, self._backend, before)
+        parameters, sharded = self._parameters(), bool(self._cuts)
+        self._gradients = Gradients(self._model, parameters, selections, self._route, self._backend, before, sharded)
         self._gradients.pause(self._selects())
         self._attached["gradients"] = self._gradients
 
@@ -157,7 +203,8 @@ class ChoosingOptimizer(NamedOptimizer):
     def _how(self, name: str) -> Rounding:
         """How this step writes a tensor of low precision: from a master to nearest, else as asked, or without bias."""
         nearest = self._rounding == "nearest" or (self._compact and self._masters)
-        return Rounding(self._backend, None if nearest else reference.key(self.seed, "round", name, self.steps))
+        place = (name, self._cuts[name].start) if name in self._cuts and self._cuts[name].start else (name,)
+        return Rounding(self._backend, None if nearest else reference.key(self.seed, "round", *place, self.steps))
 
     def _weight(
         self,
@@ -170,14 +217,21 @@ class ChoosingOptimizer(NamedOptimizer):
     ) -> Weight:
         part = self._parts[name]
         assert self.rule is not None
+        cut = self._cuts.get(name)
 
         def turn(x: Tensor) -> Tensor:
-            return x.transpose(-1, -2) if part.transposed else x
+            seen = x if cut is None else shards.local(x) if self._by_entry else self._assembled(x)
+            return seen.transpose(-1, -2) if part.transposed else seen
 
+        as_is = cut is None or self._by_entry
         return Weight(
             name,
-            turn(p.detach()),
-            grad=turn(grad) if isinstance(grad, Tensor) else None if grad is None else lambda: turn(grad()),
+            turn(p.detach()) if as_is else lambda: turn(p.detach()),
+            grad=turn(grad)
+            if as_is and isinstance(grad, Tensor)
+            else None
+            if grad is None
+            else lambda: turn(_read(grad)),
             base=lambda: turn((base or self._known)(name)),
             proposed=None if proposed is None else lambda: turn(proposed(name)),
             stats=stats,
@@ -185,7 +239,23 @@ class ChoosingOptimizer(NamedOptimizer):
             step=self.steps,
             unit=self.rule.unit,
             transposed=bool(part.transposed),
+            cut=cut,
+            whole=not as_is,
         )
+
+    @property
+    def _by_entry(self) -> bool:
+        """Whether scores of sharded tensors are computed on what each rank holds; else on whole tensors, one at a time."""
+        return (
+            self.rule is not None and self.rule.unit.kind == "element" and getattr(self.rule.score, "by_entry", False)
+        )
+
+    def _assembled(self, x: Tensor) -> Tensor:
+        return shards.whole(x) if shards.sharded(x) else shards.joined(x)
+
+    def _here(self, name: str, found: Selection) -> Selection:
+        """What this rank holds of what `select` found."""
+        return found if self._by_entry else pieces.mine(found, self._cuts.get(name))
 
     def _known(self, name: str) -> Tensor:
         base = self._pretrained(name)
@@ -215,7 +285,24 @@ class ChoosingOptimizer(NamedOptimizer):
             self._noise.forwards = extra["forwards"]
 
 
-def _take_out(attached: dict[str, Noise | Gradients]) -> None:
+def _read(lazy: Lazy) -> Tensor:
+    found = lazy() if callable(lazy) and not isinstance(lazy, Tensor) else lazy
+    assert isinstance(found, Tensor)
+    return found
+
+
+class _Follow:
+    """Before a forward: see whether the parameters have been sharded, as their gradients are then gathered in another way."""
+
+    def __init__(self, opt: ChoosingOptimizer) -> None:
+        self._opt = weakref.ref(opt)
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if (opt := self._opt()) is not None:
+            opt._adopt()
+
+
+def _take_out(attached: dict[str, Any]) -> None:
     """The model is as it was, once its optimizer is gone."""
     for part in attached.values():
         part.remove()

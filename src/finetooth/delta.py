@@ -11,7 +11,7 @@ before, and what its fingerprint will be after. A check reads and hashes each to
 fails all the same (a lost device, an interrupt), what was written is put back.
 
 Not covered: tensors that the delta does not touch are not fingerprinted, so a base that differs only there
-passes; extracting a delta holds all changed values in memory; sharded tensors (DTensor) are refused; a delta
+passes; extracting a delta holds all changed values in memory; a delta is not applied to a sharded model (DTensor), only extracted from one; a delta
 made of two checkpoints without `lm_head.weight` does not know that this name is tied, so a state dict that
 holds a *copy* under it keeps the copy as it is (a module, whose names share storage, is fine).
 """
@@ -32,6 +32,7 @@ from finetooth.base import Base, Held, bits, dtype_name, fingerprint, open_base,
 from finetooth.codec import Change, DeltaError, Origin, Parts
 from finetooth.diff import change, gather, pair, scatter_
 from finetooth.files import whole
+from finetooth.shards import sharded
 
 __all__ = ["Change", "Delta", "DeltaError", "Origin", "WrongBase", "apply_folder"]
 
@@ -330,6 +331,8 @@ def _live(target: Any) -> Held:
         raise DeltaError(f"a delta is applied to a module or a state dict, not to a {type(target).__name__}.")
     held = open_base(target)
     assert isinstance(held, Held)
+    if lost := next((name for name, t in held.tensors.items() if sharded(t)), None):
+        raise DeltaError(f"'{lost}' is sharded over ranks: apply a delta, or take it off, before the model is sharded.")
     return held
 
 

@@ -11,7 +11,8 @@
 holds nothing but what trains. At a step that selects by gradient, every route gives way to dense gradients (`pause`).
 
 Gradients gathered here are not in `p.grad`: `clip_grad_norm_` and loss scaling do not see them. The optimizer clips,
-and refuses a loss scaler. `model.zero_grad()` forgets them too, while they are gathered. Under DDP they are averaged over ranks in `step`, k numbers a tensor instead of all.
+and refuses a loss scaler. `model.zero_grad()` forgets them too, while they are gathered. Under DDP they are averaged over ranks in `step`, k numbers a tensor instead of all. Under FSDP2, which reduces whole
+gradients, every rank gathers from its shard of them.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class Gradients:
         route: str,
         backend: str = "auto",
         before: Mapping[str, Chosen] | None = None,  # gradients gathered so far: they stay where the selection does
+        sharded: bool = False,  # FSDP2 reduces whole gradients, and its shards of them are gathered from, by the hook
     ) -> None:
+        self._sharded = sharded
         self.chosen: dict[str, Chosen] = {}
         self.paused = False
         self._handles: list[Any] = []
@@ -53,9 +56,9 @@ class Gradients:
             remove_gradients(model)
             model.__dict__[_ATTRIBUTE] = self
             model.__dict__["zero_grad"] = _ZeroGrad(model, self)
-        owners = {} if model is None else _owners(model)
+        owners = {} if model is None or sharded else _owners(model)
         for name, selection in selections.items():
-            if not len(selection) or not linear.structured(selection.unit):
+            if not linear.structured(selection.unit):
                 continue
             owner = owners.get(name)
             if owner is None and route == "structured":
@@ -72,7 +75,7 @@ class Gradients:
 
     def _keep_from_ddp(self) -> None:
         """DDP would average zeros of the size of the weights. It refuses a model that leaves it nothing: the smallest stays."""
-        if self._model is None or not self.chosen:
+        if self._model is None or not self.chosen or self._sharded:
             return
         known, sizes = list(getattr(self._model, _DDP_IGNORES, [])), dict(self._model.named_parameters())
         left = [name for name in self.chosen if name not in known]
@@ -94,12 +97,12 @@ class Gradients:
         self._check(parameters)
         for name, chosen in self.chosen.items():
             if (dense := parameters[name].grad) is not None:
-                chosen.add(chosen.selection.gather(dense).float())
+                chosen.add(chosen.selection.gather(shards.local(dense)).float())
             if shards.world() > 1 and chosen.grad is None:  # every rank must take part for every tensor
                 chosen.zero()
             if chosen.grad is not None:
                 found[name] = chosen.grad
-        if shards.world() > 1:
+        if not self._sharded:
             shards.reduce_(found.values(), "mean")
         return found
 
@@ -184,7 +187,7 @@ class _Gather:
 
     def __call__(self, p: Tensor) -> None:
         if self.chosen.active and p.grad is not None:
-            self.chosen.add(self.chosen.selection.gather(p.grad).float())
+            self.chosen.add(self.chosen.selection.gather(shards.local(p.grad)).float())
             p.grad = None
 
 

@@ -112,7 +112,8 @@ def _cast(t: Tensor | None, device: torch.device) -> Any:
 
 def attach(module: nn.Linear, chosen: Chosen | None, noise: Any) -> SelectiveLinear:
     """Turn an `nn.Linear` into a `SelectiveLinear`, in place."""
-    module.__class__ = SelectiveLinear
+    if not isinstance(module, SelectiveLinear):
+        module.__class__ = SelectiveLinear
     assert isinstance(module, SelectiveLinear)
     module.chosen, module.noise = chosen, noise
     return module
@@ -121,6 +122,8 @@ def attach(module: nn.Linear, chosen: Chosen | None, noise: Any) -> SelectiveLin
 def detach(module: nn.Linear) -> None:
     """Turn it back."""
     if isinstance(module, SelectiveLinear):
+        module.chosen = module.noise = None
+    if type(module) is SelectiveLinear:  # `fully_shard` may have made a class of its own of it, which stays
         del module.chosen, module.noise
         module.__class__ = nn.Linear  # type: ignore[assignment]
 

@@ -4,6 +4,9 @@ torch's own `state` is keyed by the Parameter object and casts what lies in it t
 load: an int32 index came back as bfloat16. Here everything is in `slots`, by name, and travels as
 `state_dict()["selective"]`; parameters are looked up in `param_groups`, never cached, because wrappers swap them.
 
+Of sharded parameters a slot is about the rows that this rank holds. What a user gets (selections, base tensors, state) is whole,
+so asking for it is collective: every rank must ask.
+
 The proof is a fingerprint per tensor, taken before the first step: rebuilt from what was replaced, a tensor
 must still have it.
 """
@@ -16,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetooth import pieces, shards
 from finetooth.base import Base, Held, bits, fingerprint, open_base
 from finetooth.selection import Selection
 from finetooth.slot import Slot
@@ -25,16 +29,27 @@ class FrozenMoved(RuntimeError):
     """A weight that must not move has moved."""
 
 
+def _on_host(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        k: v.cpu() if isinstance(v, Tensor) else _on_host(v) if isinstance(v, dict) else v for k, v in state.items()
+    }
+
+
 class NamedOptimizer(torch.optim.Optimizer):
     """What `SelectiveAdamW` keeps, apart from how it steps."""
 
+    _compact = False  # whether state is held for what is chosen only
+
     def __init__(
-        self, named: Iterable[tuple[str, Tensor]], others: dict[str, Tensor], base: Any, defaults: dict[str, Any]
+        self, named: Iterable[tuple[str, Tensor]], others: dict[str, Tensor | None], base: Any, defaults: dict[str, Any]
     ) -> None:
         named = list(named)
         self.seed, self.steps, self.skipped = 0, 0, 0
         self._base: Base | None = None if base is None else open_base(base)
         self._others = others
+        self._cuts = {
+            n: cut for n, p in [*named, *others.items()] if p is not None and (cut := shards.cut(n, p)) is not None
+        }
         self._slots = {name: Slot(name) for name, _ in named}
         self._prints: dict[str, str] = {}
         self._origins: dict[str, str] = {}
@@ -47,7 +62,12 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def selections(self) -> dict[str, Selection]:
         """The present selection of every tensor that has one, by parameter name."""
-        found = {n: s.seen(tuple(self._parameter(n).shape)) for n, s in self._slots.items()}
+        return {n: pieces.joined(selection, self._cuts.get(n)) for n, selection in self._held().items()}
+
+    def _held(self) -> dict[str, Selection]:
+        """The same of what this rank holds."""
+        live = self._live()
+        found = {n: s.seen(tuple(live[n].shape)) for n, s in self._slots.items()}
         return {n: selection for n, selection in found.items() if selection is not None}
 
     def names(self) -> list[str]:
@@ -68,10 +88,9 @@ class NamedOptimizer(torch.optim.Optimizer):
         Returns how many tensors were checked: none where every weight may move, as in `full` and `gmt`.
         """
         for name, expected in self._prints.items():
-            p = self._parameter(name)
-            slot = self._slots.get(name)
-            found = fingerprint(slot.original(p) if slot else p)
+            found = self._print(name)
             if found != expected:
+                slot = self._slots.get(name)
                 inside = "" if slot is None or not slot.chosen else " outside its selection"
                 raise FrozenMoved(
                     f"{name!r} has moved{inside}: fingerprint {found[:19]}, before training {expected[:19]}."
@@ -85,18 +104,30 @@ class NamedOptimizer(torch.optim.Optimizer):
         Raises ValueError if `base` holds other values than the model had when the optimizer was built.
         """
         found = self._pretrained(name)
-        if found is not None and name in self._origins and fingerprint(found) != self._origins[name]:
+        if found is None:
+            return None
+        found = self._whole(name, found)
+        if name in self._origins and fingerprint(found) != self._origins[name]:
             raise ValueError(f"base={self._base} is not what the model was when training began: {name!r} differs.")
         return found
 
     def _pretrained(self, name: str) -> Tensor | None:
-        """The same without the check: `_take_prints` has made it."""
-        slot, p = self._slots.get(name), self._parameter(name).detach()
+        """What this rank holds of it, without the check: `_take_prints` has made it."""
+        slot, p = self._slots.get(name), shards.local(self._parameter(name)).detach()
         if slot is None:
             return p
         if (slot.knows_base or name in self._prints or not self.steps) and not self._rewrote_base:
             return slot.original(p)
-        return None if self._base is None else self._base.tensor(name).to(p)
+        return None if self._base is None else pieces.rows(self._base.tensor(name), self._cuts.get(name)).to(p)
+
+    def _whole(self, name: str, held: Tensor) -> Tensor:
+        """The tensor of which every rank holds some rows."""
+        return shards.joined(held) if name in self._cuts else held
+
+    def _print(self, name: str) -> str:
+        """The fingerprint of the base tensor, rebuilt where the slot can."""
+        p, slot = shards.local(self._parameter(name)).detach(), self._slots.get(name)
+        return fingerprint(self._whole(name, slot.original(p) if slot else p))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: a rule's budget and the frozen rest are settled when the optimizer is built."""
@@ -107,10 +138,27 @@ class NamedOptimizer(torch.optim.Optimizer):
     # -- books ----------------------------------------------------------------------------------------
 
     def _parameters(self) -> dict[str, nn.Parameter]:
+        for group in self.param_groups:
+            if len(group["params"]) != len(group["param_names"]):
+                raise RuntimeError(
+                    f"the optimizer was built with {len(group['param_names'])} parameters and has {len(group['params'])} now: DeepSpeed "
+                    "(ZeRO-1, 2 and 3) and FSDP1 put flat buffers in their place, which is not supported. Use DDP or FSDP2."
+                )
         return {n: p for g in self.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
 
+    def _live(self) -> dict[str, Tensor]:
+        """What this rank holds of every parameter that takes part; writing to it writes to the model."""
+        return {name: shards.local(p) for name, p in self._parameters().items()}
+
     def _parameter(self, name: str) -> Tensor:
-        return self._others[name] if name in self._others else self._parameters()[name]
+        if name not in self._others:
+            return self._parameters()[name]
+        found = self._others[name]
+        return self._resharded(name) if found is None else found
+
+    def _resharded(self, name: str) -> Tensor:
+        """A parameter that takes no part, of a model that was sharded after the optimizer was built."""
+        raise NotImplementedError
 
     def _check_dtypes(self) -> None:
         """What is held beside a weight (masters, base values) is of the dtype that it had at the start."""
@@ -131,7 +179,7 @@ class NamedOptimizer(torch.optim.Optimizer):
 
     def _never_trains(self, slot: Slot) -> bool:
         """Whether nothing in this slot is chosen, now and later."""
-        return slot.selection is not None and not len(slot.selection)
+        return slot.selection is not None and not slot.chosen
 
     def _rebuilds(self, slot: Slot) -> bool:
         """Whether the base tensor of this slot can be had from the weight and what is held, at every step."""
@@ -143,15 +191,14 @@ class NamedOptimizer(torch.optim.Optimizer):
             return
         for name, p in self._parameters().items():
             if not self._rebuilds(self._slots[name]):
-                self._origins[name] = self._checked_base(name, p)
+                self._origins[name] = self._checked_base(name, shards.whole(p))
 
     def _take_prints(self) -> None:
         """Fingerprint every tensor with weights that must not move: what takes no part, and what can be rebuilt."""
-        self._prints = {name: fingerprint(p) for name, p in self._others.items()}
-        for name, p in self._parameters().items():
-            slot = self._slots[name]
+        self._prints = {name: self._print(name) for name in self._others}
+        for name, slot in self._slots.items():
             if self._remembers(slot) or self._never_trains(slot):
-                self._prints[name] = fingerprint(slot.original(p))
+                self._prints[name] = self._print(name)
 
     def _checked_base(self, name: str, p: Tensor) -> str:
         """The fingerprint of a tensor of `base`; ValueError unless it is the parameter as it is before training."""
@@ -171,6 +218,16 @@ class NamedOptimizer(torch.optim.Optimizer):
                 "loaded, give base= as a copy of its state dict."
             )
         return fingerprint(found)
+
+    def _count_chosen(self) -> None:
+        """Let every slot know how much is chosen on all ranks together."""
+        if self._cuts:
+            sums = shards.counts([slot.numel for slot in self._slots.values()], self._device()).sum(0).tolist()
+            for slot, n in zip(self._slots.values(), sums, strict=True):
+                slot.everywhere = int(n)
+
+    def _device(self) -> torch.device:
+        return next(iter(self._live().values())).device
 
     def _choices(self) -> dict[str, Any]:
         """What the meaning of the slots depends on, in words."""
@@ -195,9 +252,20 @@ class NamedOptimizer(torch.optim.Optimizer):
             "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
             "origins": dict(self._origins),
             "prints": dict(self._prints),
-            "slots": {name: slot.state() for name, slot in self._slots.items()},
+            "slots": self._states(),
             "extra": self._extra_state(),
         }
+        return out
+
+    def _states(self) -> dict[str, Any]:
+        """Of every slot; of sharded ones the whole, in the memory of rank 0, and nothing on other ranks."""
+        out = {}
+        for name, slot in self._slots.items():
+            state = pieces.join_state(slot.state(), self._cuts.get(name), self._compact)
+            if not self._cuts:
+                out[name] = state
+            elif shards.rank() == 0:
+                out[name] = _on_host(state)
         return out
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -205,6 +273,10 @@ class NamedOptimizer(torch.optim.Optimizer):
         selective = state_dict.get("selective")
         if selective is None:
             raise ValueError("this state has no 'selective' part: it was not saved by a Finetooth optimizer.")
+        if not selective["slots"]:
+            raise ValueError(
+                "this state is that of a rank other than 0, which has none: save what rank 0 gets, and load it on every rank."
+            )
         if odd := sorted(set(selective["slots"]) ^ set(self._slots)):
             raise ValueError(
                 f"the state is of other parameters: {odd[0]!r} is on one side only ({len(odd)} such names)."
@@ -224,10 +296,14 @@ class NamedOptimizer(torch.optim.Optimizer):
         for group, own in zip(groups, self.param_groups, strict=True):
             group["param_names"] = own["param_names"]  # by name, whatever order they were saved in
         super().load_state_dict({"state": {}, "param_groups": groups})
-        parameters = self._parameters()
+        live = self._live()
         self.steps, self.skipped, self.seed = selective["steps"], selective["skipped"], selective["seed"]
         self._slots = {
-            n: Slot.restore(n, s, parameters[n].device, self._slots[n].kind) for n, s in selective["slots"].items()
+            n: Slot.restore(
+                n, pieces.cut_state(s, self._cuts.get(n), self._compact), live[n].device, self._slots[n].kind
+            )
+            for n, s in selective["slots"].items()
         }
+        self._count_chosen()
         self._origins, self._prints = dict(selective["origins"]), dict(selective["prints"])
         self._load_extra_state(selective["extra"])

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetooth import linear, quantize
+from finetooth import linear, quantize, shards
 from finetooth.kernels import pick
 from finetooth.rest import kept_columns, oriented
 from finetooth.selection import Selection
@@ -53,7 +53,7 @@ class Noise:
         self._linears: list[linear.SelectiveLinear] = []
         for name, selection in columns.items():
             module = model.get_submodule(name.removesuffix(".weight"))
-            layer = LayerNoise(self, name, selection, module.get_parameter("weight").detach(), bits, seed)
+            layer = LayerNoise(self, name, selection, shards.whole(module.get_parameter("weight").detach()), bits, seed)
             if isinstance(module, nn.Linear) and type(module) in (nn.Linear, linear.SelectiveLinear):
                 self._linears.append(linear.attach(module, getattr(module, "chosen", None), layer))
             else:

@@ -14,11 +14,14 @@ for mask="update", of all that the moments see. State is keyed by parameter name
 Low-precision weights: compact state holds float32 masters; dense updates are rounded stochastically, by a hash
 of (seed, name, step, position). rounding="nearest" is an explicit choice.
 
-Not covered: sharded parameters, sparse gradients, closures that are called more than once.
+Of sharded parameters (FSDP2) a step is made on the rows that this rank holds; norms and thresholds are those of all ranks.
+
+Not covered: sparse gradients, closures that are called more than once.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -27,7 +30,15 @@ from torch import Tensor, nn
 
 from finetooth import shards
 from finetooth.anatomy import guess, matching, survey, tied
-from finetooth.checks import check_choice, check_named, check_parameter, check_parts, check_rates, check_together
+from finetooth.checks import (
+    check_choice,
+    check_named,
+    check_parameter,
+    check_parts,
+    check_rates,
+    check_shards,
+    check_together,
+)
 from finetooth.choosing import ChoosingOptimizer
 from finetooth.guard import Guard, norm
 from finetooth.kernels import check as check_backend
@@ -115,6 +126,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         check_parts(rule, self.rest, [self._parts[n] for n in names], model is not None)
         for name in names:
             check_parameter(name, given[name])
+        check_shards({name: given[name] for name in names}, moments)
         others = {name: p for name, p in given.items() if name not in set(names)}
         rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([(n, given[n]) for n in names], others, base, rates)
@@ -135,11 +147,13 @@ class SelectiveAdamW(ChoosingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_dtypes()
+        self._adopt()
         grads = self._collected()
+        self._refuse_rehearsal(grads)
         if not self._guard.some(grads, next(iter(self._slots))):
             return loss
-        parameters = self._parameters()
-        live = {name: parameters[name] for name in grads}
+        held = self._live()
+        live = {name: held[name] for name in grads}
         self.skipped += 1  # until it is known to be used; so it stays if the guard raises
         if self._stepped(live, grads):
             self.skipped -= 1
@@ -148,6 +162,20 @@ class SelectiveAdamW(ChoosingOptimizer):
             self._gradients.clear()
             self._gradients.pause(self._selects())
         return loss
+
+    def _refuse_rehearsal(self, grads: Mapping[str, Tensor]) -> None:
+        """torch.distributed.checkpoint steps with no gradients at all to make an optimizer fill its `state`, and saves that."""
+        if (
+            not grads
+            or any(float(group["lr"]) for group in self.param_groups)
+            or any(bool(g.any()) for g in grads.values())
+        ):
+            return
+        raise RuntimeError(
+            "a step of lr 0 with gradients that are all 0: that is torch.distributed.checkpoint (accelerate's save_state under FSDP), "
+            "which saves what lies in `optimizer.state`, where a selective optimizer keeps nothing. Nothing was changed. Save "
+            "opt.state_dict(), called on every rank, from rank 0, and load it on every rank."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget gradients, those in `p.grad` and those that were gathered."""
@@ -167,10 +195,15 @@ class SelectiveAdamW(ChoosingOptimizer):
         """The norm, before clipping, of the gradients that the last step used."""
         return self._guard.norm
 
+    def _norm(self, grads: Iterable[Tensor]) -> float:
+        """The norm of gradients on all ranks together."""
+        held = float(norm(grads))
+        return shards.total(held * held, self._device()) ** 0.5 if self._cuts else held
+
     def _collected(self) -> dict[str, Tensor]:
         """The gradients of this step: gathered ones as `[k, unit_numel]`, the others as `p.grad`."""
         routed = self._gradients
-        dense = {n: p.grad for n, p in self._parameters().items() if p.grad is not None}
+        dense = {n: shards.local(p.grad) for n, p in self._parameters().items() if p.grad is not None}
         if routed is None:
             return dense
         if hasattr(self, "found_inf"):  # a GradScaler calls
@@ -178,7 +211,9 @@ class SelectiveAdamW(ChoosingOptimizer):
                 "a loss scaler does not see gathered gradients: build with gradients='dense', or train in bf16."
             )
         if routed.paused:
-            if shards.world() > 1:  # DDP was told to leave them; every rank must take part for every tensor
+            if (
+                shards.world() > 1 and not self._cuts
+            ):  # DDP was told to leave them; every rank must take part for every tensor
                 live = self._parameters()
                 dense |= {n: torch.zeros_like(live[n]) for n in routed.chosen if n not in dense}
                 shards.reduce_([dense[n] for n in routed.chosen], "mean")
@@ -193,7 +228,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         """Update, unless a gradient is not finite."""
         if self._by_threshold():
             return self._step_cut(live, grads)
-        if not self._guard.passes(grads):
+        if not self._guard.passes(grads, self._norm(grads.values())):
             return False
         if self._compact:
             self._step_compact(live, grads)
@@ -206,14 +241,15 @@ class SelectiveAdamW(ChoosingOptimizer):
     def _step_compact(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
         gathered = set(self._gradients.chosen) if self._gradients is not None and not self._gradients.paused else set()
         if self._selects():
-            unused = {n: torch.zeros_like(p) for n, p in self._parameters().items() if n not in grads}
+            unused = {n: torch.zeros_like(p) for n, p in self._live().items() if n not in grads}
             self._select_compact({**grads, **unused}, {})
             if self.when is once and not self.steps:
                 self._take_prints()
         chosen = {n: s for n in live if (s := self._slots[n].selection) is not None and len(s)}
         as_is = gathered | {n for n, s in chosen.items() if s.unit.kind in WHOLE}
         used = {n: grads[n] if n in as_is else s.gather(grads[n]) for n, s in chosen.items()}
-        total = self._guard.total if used.keys() == grads.keys() <= as_is else float(norm(used.values()))
+        known = used.keys() == grads.keys() <= as_is and not self._cuts
+        total = self._guard.total if known else self._norm(used.values())
         factor, rates = self._guard.factor(total), self._rates()
         for name, g in used.items():
             self._slots[name].update(live[name], g, rates[name], self._how(name), factor, self._target(name))
@@ -229,11 +265,12 @@ class SelectiveAdamW(ChoosingOptimizer):
     def _step_cut(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> bool:
         """GMT in two readings of the gradient: one finds every pool's threshold, one masks and updates."""
         assert self.rule is not None
-        cuts, square = magnitude_cuts(self.rule, grads, self.seed, self._backend)
+        sizes = {name: math.prod(self._cuts[name].shape) for name in grads} if self._cuts else None
+        cuts, square = magnitude_cuts(self.rule, grads, self.seed, self._backend, sizes)
         strict = self._mask == "update"
         if not self._guard.passes(grads, total=square):
             return False
-        factor, rates = self._guard.factor(float(norm(grads.values())) if strict else square**0.5), self._rates()
+        factor, rates = self._guard.factor(self._norm(grads.values()) if strict else square**0.5), self._rates()
         for name, p in live.items():
             slot = self._slots[name]
             how, bits = self._how(name), slot.start_bits(p)
@@ -246,11 +283,11 @@ class SelectiveAdamW(ChoosingOptimizer):
             assert self.rule is not None
             found = select(self.rule, [self._weight(n, p, grads[n]) for n, p in live.items()])
             for name, selection in found.items():
-                self._slots[name].selection = selection
+                self._slots[name].selection = self._here(name, selection)
         for name, g in grads.items():  # between two selections the last one holds; before the first, none does
             if self.rule is not None and (held := self._slots[name].selection) is not None:
                 g.masked_fill_(~held.mask(), 0.0)
-        total = self._guard.total if self.rule is None else float(norm(grads.values()))
+        total = self._guard.total if self.rule is None else self._norm(grads.values())
         factor, rates = self._guard.factor(total), self._rates()
         for name, p in live.items():
             slot, target = self._slots[name], self._target(name)
@@ -291,7 +328,7 @@ class SelectiveAdamW(ChoosingOptimizer):
             weights = (self._weight(n, p, grads[n], proposed=propose, base=base) for n, p in live.items())
             for found in select_pools(self.rule, weights):
                 for name, selection in found.items():
-                    write(name, selection)
+                    write(name, self._here(name, selection))
         else:
             for name, p in live.items():
                 write(name, self._slots[name].seen(tuple(p.shape)))

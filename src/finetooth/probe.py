@@ -116,7 +116,8 @@ def _measured(model: nn.Module, batches: Sequence[Batch], parts: Mapping[str, Pa
         for need, value in measured.items():
             if need == "grad":
                 value.div_(len(batches))
-                shards.reduce_([value], "mean")
+                if not shards.sharded(value):  # FSDP2 has averaged over ranks
+                    shards.reduce_([value], "mean")
             elif need.endswith("_inf"):
                 shards.reduce_([value], "max")
             else:

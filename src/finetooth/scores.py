@@ -23,14 +23,23 @@ def gradient(w: Weight) -> Tensor:
     return w.grad.abs()
 
 
+gradient.by_entry = True  # type: ignore[attr-defined]  # see `Weight`
+
+
 def snip(w: Weight) -> Tensor:
     """|g * w|: the first-order change of the loss if the weight were removed (SNIP, arXiv 1810.02340)."""
     return (w.grad.float() * w.value.float()).abs()
 
 
+snip.by_entry = True  # type: ignore[attr-defined]
+
+
 def magnitude(w: Weight) -> Tensor:
     """|w|: the largest pretrained weights (SHiRA-WM, arXiv 2406.13175)."""
     return w.value.abs()
+
+
+magnitude.by_entry = True  # type: ignore[attr-defined]
 
 
 def random(w: Weight) -> Tensor:
@@ -55,7 +64,7 @@ def distance(relative: bool = False) -> Score:
         moved = (w.proposed - base).abs_()
         return moved.div_(base.abs() + 1e-8) if relative else moved
 
-    score.tie = gradient  # type: ignore[attr-defined]
+    score.tie, score.by_entry = gradient, True  # type: ignore[attr-defined]
     return score
 
 

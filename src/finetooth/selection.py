@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from finetooth import shards
 from finetooth.kernels import pick
 from finetooth.rule import Rule, layer, stem
 from finetooth.units import WHOLE, Unit
@@ -116,7 +117,7 @@ def select_pools(rule: Rule, weights: Iterable[Weight]) -> Iterator[dict[str, Se
 def _units(rule: Rule, members: list[Weight]) -> int:
     if rule.unit.kind in WHOLE:
         return len({group_of(rule.unit, w.name) for w in members})
-    return sum(unit.count(shape) for shape, unit in (w.stored for w in members))
+    return sum(w.stored[1].count(w.cut.shape if w.cut is not None else w.stored[0]) for w in members)
 
 
 def group_of(unit: Unit, name: str) -> str:
@@ -127,6 +128,10 @@ def group_of(unit: Unit, name: str) -> str:
 def _choose_units(rule: Rule, members: list[Weight], k: int) -> dict[str, Selection]:
     scores = [unit_scores(rule.score, w) for w in members]
     tie = getattr(rule.score, "tie", None)
+    if members[0].cut is not None and not members[0].whole:
+        seconds = (lambda: [unit_scores(tie, w) for w in members]) if tie else None
+        found = top_over_ranks(scores, k, seconds, rule.threshold)
+        return {w.name: Selection(_ids(i), w.stored[1], w.stored[0]) for w, i in zip(members, found, strict=True)}
     second = (lambda: torch.cat([unit_scores(tie, w) for w in members])) if tie else None
     flat = scores[0] if len(scores) == 1 else torch.cat(scores)
     index, out, start = top(flat, k, second, rule.threshold), {}, 0
@@ -147,7 +152,7 @@ def _choose_groups(rule: Rule, members: list[Weight], k: int) -> dict[str, Selec
     kept = {list(groups)[i] for i in top(flat, k).tolist()}
     out = {}
     for w in members:
-        whole = Selection.whole(w.stored[0], w.value.device, rule.unit)
+        whole = Selection.whole(w.stored[0], flat.device, rule.unit)
         out[w.name] = whole if group_of(rule.unit, w.name) in kept else replace(whole, index=whole.index[:0])
     return out
 
@@ -171,6 +176,7 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
     low, high = s.aminmax() if s.numel() else (s.new_zeros(()), s.new_zeros(()))  # either is NaN if any entry is
     if not (low >= 0 and high < math.inf):
         raise ValueError(f"score {name!r} is negative or not finite in {w.name!r}: a score is a non-negative number.")
+    w.forget()
     return s
 
 
@@ -215,16 +221,20 @@ def _merged(a: Tensor, b: Tensor) -> Tensor:
 
 
 def magnitude_cuts(
-    rule: Rule, grads: Mapping[str, Tensor], seed: int, backend: str = "auto"
+    rule: Rule, grads: Mapping[str, Tensor], seed: int, backend: str = "auto", sizes: Mapping[str, int] | None = None
 ) -> tuple[dict[str, float], float]:
     """For a threshold on |g|: T by tensor name, and the sum of the squares of all that reaches it.
 
-    The sum is not finite if any gradient is not. A pool that keeps nothing has T = inf.
+    The sum is not finite if any gradient is not. A pool that keeps nothing has T = inf. sizes: the entries of the whole
+    tensors, where `grads` are what this rank holds of them.
     """
     pools: dict[str, list[str]] = {}
     for name in grads:
         pools.setdefault(rule.pool(name), []).append(name)
-    budgets = rule.budgets({pool: sum(grads[n].numel() for n in names) for pool, names in pools.items()}, seed)
+    whole = sizes or {name: g.numel() for name, g in grads.items()}
+    budgets = rule.budgets({pool: sum(whole[n] for n in names) for pool, names in pools.items()}, seed)
+    if sizes is not None:
+        return _cuts_of_pieces(grads, pools, budgets)
     cuts, total = dict[str, float](), 0.0
     for pool, names in pools.items():
         held, cut, square = [grads[n] for n in names], math.inf, 0.0
@@ -235,3 +245,71 @@ def magnitude_cuts(
         total += square
         cuts.update(dict.fromkeys(names, cut))
     return cuts, total
+
+
+def _cuts_of_pieces(
+    grads: Mapping[str, Tensor], pools: Mapping[str, list[str]], budgets: Mapping[str, int]
+) -> tuple[dict[str, float], float]:
+    held = {pool: [grads[n] for n in names] for pool, names in pools.items() if budgets[pool]}
+    levels = dict(zip(held, kth_over_ranks(list(held.values()), [budgets[pool] for pool in held]), strict=True))
+    cuts = {name: levels.get(pool, math.inf) for pool, names in pools.items() for name in names}
+    mine = 0.0
+    for name, g in grads.items():
+        reached = torch.where(g.abs().float() >= cuts[name], g.float(), 0.0).square().sum(dtype=torch.float64)
+        mine += float(reached) if bool(torch.isfinite(g).all()) else math.nan
+    return cuts, shards.total(mine, next(iter(grads.values())).device)
+
+
+def kth_over_ranks(pools: list[list[Tensor]], ks: list[int]) -> list[float]:
+    """For every pool the exact k-th largest magnitude of its tensors on all ranks together; k is at least 1.
+
+    Counts of bit patterns, eleven bits at a time from the top, are added over ranks: three rounds for all pools together.
+    """
+    device, left = pools[0][0].device, torch.tensor(ks)
+    found = torch.zeros(len(pools), dtype=torch.int64)
+    for shift, width in ((20, 11), (10, 10), (0, 10)):  # of 31 bits: the sign is none of a magnitude's
+        table = torch.zeros(len(pools), 1 << width, dtype=torch.int64, device=device)
+        for i, pool in enumerate(pools):
+            for x in pool:
+                bits = x.float().contiguous().view(torch.int32).flatten() & 0x7FFFFFFF
+                within = bits[(bits >> (shift + width)) == int(found[i])] if shift + width < 31 else bits
+                table[i] += torch.bincount((within >> shift) & ((1 << width) - 1), minlength=1 << width)
+        shards.reduce_([table], "sum")
+        reached = table.cpu().flip(1).cumsum(1)  # how many there are from the largest down
+        at = (reached >= left[:, None]).int().argmax(1)
+        left -= torch.where(at > 0, reached.gather(1, (at - 1).clamp_min(0)[:, None])[:, 0], 0)
+        found = (found << width) | ((1 << width) - 1 - at)
+    return found.to(torch.int32).view(torch.float32).tolist()
+
+
+def top_over_ranks(
+    scores: list[Tensor], k: int, tie: Callable[[], list[Tensor]] | None = None, threshold: bool = False
+) -> list[Tensor]:
+    """`top` of tensors of which every rank holds some rows: for each the sorted ids, here, of what is chosen.
+
+    Equal scores: the larger `tie`, then the earlier tensor, then the lower rank, then the smaller id, as `top` has it of the whole.
+    """
+    if k <= 0:
+        return [torch.empty(0, dtype=torch.int64, device=s.device) for s in scores]
+    cut = kth_over_ranks([scores], [k])[0]
+    above, level = [(s > cut).nonzero().flatten() for s in scores], [(s == cut).nonzero().flatten() for s in scores]
+    device = scores[0].device
+    if not threshold:
+        need = k - int(shards.counts([sum(len(a) for a in above)], device).sum())
+        if tie is not None and need < int(shards.counts([sum(len(x) for x in level)], device).sum()):
+            seconds = [t[x] for t, x in zip(tie(), level, strict=True)]
+            second = kth_over_ranks([seconds], [need])[0]
+            more = [x[s > second] for x, s in zip(level, seconds, strict=True)]
+            need -= int(shards.counts([sum(len(m) for m in more)], device).sum())
+            above = [torch.cat(pair) for pair in zip(above, more, strict=True)]
+            level = [x[s == second] for x, s in zip(level, seconds, strict=True)]
+        level = _first(level, need)
+    return [torch.cat(pair).sort().values for pair in zip(above, level, strict=True)]
+
+
+def _first(level: list[Tensor], need: int) -> list[Tensor]:
+    """The first of these ids on all ranks together: by tensor, then by rank."""
+    counts = shards.counts([len(x) for x in level], level[0].device)  # [ranks, tensors]
+    before = counts.t().reshape(-1).cumsum(0).view(counts.t().shape).t() - counts
+    left = (need - before[shards.rank()]).clamp_min(0).tolist()
+    return [x[:n] for x, n in zip(level, left, strict=True)]

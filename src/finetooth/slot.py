@@ -61,6 +61,7 @@ class Slot:
     bits: Tensor | None = None  # [ceil(n / 8)] uint8: what was chosen at the last step, eight entries a byte
     held: Tensor | None = None  # [k] the base values under `bits`, in the weight's dtype
     kind: str = "fp32"  # of the moments, see `moments.py`
+    everywhere: int | None = None  # of a sharded tensor: the number of entries chosen on all ranks together
 
     def start_bits(self, p: Tensor) -> Tensor:
         """Where a kernel writes down what a threshold chooses; it takes the place of a selection."""
@@ -77,7 +78,12 @@ class Slot:
 
     @property
     def chosen(self) -> int:
-        """The number of entries chosen now, where that is known without counting flags."""
+        """The number of entries chosen now, on all ranks together."""
+        return self.numel if self.everywhere is None else self.everywhere
+
+    @property
+    def numel(self) -> int:
+        """The same of what is held here, where that is known without counting flags."""
         if self.held is not None:
             return self.held.numel()
         return 0 if self.selection is None else self.selection.numel

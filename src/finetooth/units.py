@@ -99,7 +99,7 @@ class Unit:
 
     def _block(self, shape: tuple[int, ...]) -> int:
         """The run length in this shape: a tensor smaller than a block is one block."""
-        size = min(self.size, math.prod(shape))
-        if size and math.prod(shape) % size:
+        size = min(self.size, math.prod(shape)) or self.size  # of a shard without rows
+        if math.prod(shape) % size:
             raise ValueError(f"block size {self.size} does not divide a tensor of shape {shape}: choose a divisor.")
         return size

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from finetooth.shards import Cut
 from finetooth.units import Unit
 
 Lazy = Tensor | Callable[[], Tensor] | None
@@ -28,14 +29,17 @@ class Weight:
     the accumulation window, or of the calibration batches; `base` the pretrained value; `proposed` the value
     a dense optimizer step would give, in float32; `stats` what `probe` measured, by name; `unit` what is
     chosen together. `transposed` tells `select` that the storage is `[in, out]`.
+
+    Of a sharded tensor (`cut`) a score sees all, put together when it is read (`whole`); a score of single entries that has an
+    attribute `by_entry = True` sees what its rank holds, in units of elements.
     """
 
-    __slots__ = ("_lazy", "name", "seed", "stats", "step", "transposed", "unit", "value")
+    __slots__ = ("_given", "_lazy", "cut", "name", "seed", "stats", "step", "transposed", "unit", "whole")
 
     def __init__(
         self,
         name: str,
-        value: Tensor,
+        value: Tensor | Callable[[], Tensor],
         grad: Lazy = None,
         base: Lazy = None,
         proposed: Lazy = None,
@@ -44,11 +48,24 @@ class Weight:
         step: int = 0,
         unit: Unit = Unit(),
         transposed: bool = False,
+        cut: Cut | None = None,
+        whole: bool = False,
     ) -> None:
-        self.name, self.value, self.seed, self.step = name, value, seed, step
-        self.unit, self.transposed = unit, transposed
+        self.name, self.seed, self.step = name, seed, step
+        self.unit, self.transposed, self.cut, self.whole = unit, transposed, cut, whole
         self.stats: Mapping[str, Tensor] = stats or {}
-        self._lazy: dict[str, Lazy] = {"grad": grad, "base": base, "proposed": proposed}
+        self._given: dict[str, Lazy] = {"value": value, "grad": grad, "base": base, "proposed": proposed}
+        self._lazy = dict(self._given)
+
+    def forget(self) -> None:
+        """Let go of what was put together of a sharded tensor; it is put together again when it is read again."""
+        if self.whole:
+            self._lazy = dict(self._given)
+
+    @property
+    def value(self) -> Tensor:
+        """The weight as it is."""
+        return self._read("value")
 
     def _read(self, field_name: str) -> Tensor:
         found = self._lazy[field_name]
@@ -78,6 +95,8 @@ class Weight:
     @property
     def stored(self) -> tuple[tuple[int, ...], Unit]:
         """The shape and the unit in storage, which is what a selection counts."""
+        if self.whole and self.cut is not None:
+            return self.cut.shape, self.unit.transposed() if self.transposed else self.unit
         shape = tuple(self.value.shape)
         return (shape[:-2] + shape[:-3:-1], self.unit.transposed()) if self.transposed else (shape, self.unit)
 

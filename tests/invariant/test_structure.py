@@ -22,7 +22,7 @@ PACKAGE = SRC / "finetooth"
 # From low to high. A module may import its own level and those below; a cycle is never allowed.
 LEVELS = (
     {"units", "kernels", "shards", "quantize", "files"},
-    {"selection", "weight", "rule", "saved"},
+    {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear"}
     | {"codec", "diff", "delta", "meter"},

@@ -8,11 +8,11 @@ float32 and bfloat16 in any order of summation, and the same whatever the weight
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutput
 
 import finetooth
 from finetooth.weight import Weight
@@ -69,13 +69,13 @@ class Toy(nn.Module):
                 self._tables[name] = (x, torch.randint(0, 2, (VOCAB, out), generator=g) * 2 - 1)
         self.to(dtype)
 
-    def forward(self, input_ids: Tensor, labels: Any = None, attention_mask: Any = None) -> SimpleNamespace:
+    def forward(self, input_ids: Tensor, labels: Any = None, attention_mask: Any = None) -> CausalLMOutput:
         dtype, loss = self.lm_head.weight.dtype, torch.zeros(())
         for name, (x, r) in self._tables.items():
             module = self.get_submodule(name)
             inputs = input_ids if isinstance(module, nn.Embedding) else x[input_ids].to(dtype)
             loss = loss + (module(inputs) * r[input_ids].to(dtype)).sum() / len(input_ids)
-        return SimpleNamespace(loss=loss)
+        return CausalLMOutput(loss=loss)  # FSDP2 finds the tensors in it
 
 
 def own_score(w: Weight) -> Tensor:

@@ -83,7 +83,8 @@ def flat(t: Tensor) -> Array:
     if not t.is_contiguous():
         t = t.contiguous()
     bits = AS_BITS.get(t.dtype, t.dtype)
-    array: Array = (t if bits == t.dtype else t.view(bits)).numpy().reshape(-1)
+    # Not t.numpy(): that forbids the tensor's storage to be resized for ever after, and FSDP2 does so with what it gathers.
+    array: Array = np.from_dlpack(t if bits == t.dtype else t.view(bits)).reshape(-1)
     return array
 
 
