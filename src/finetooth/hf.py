@@ -80,11 +80,16 @@ class SelectiveCallback(TrainerCallback):
 
 
 def _check_checkpoints(args: Any, state: Any, opt: SelectiveAdamW, seal: bool) -> None:
-    """ValueError for a run that goes on without its optimizer state, or that will delete before it knows what it has."""
+    """ValueError for a run that goes on without its optimizer state or after its end, or deletes before it knows what it has."""
     if state.global_step and not opt.steps + opt.skipped:
         raise ValueError(
             f"this run goes on at step {state.global_step}, and its checkpoint had no optimizer state: it was saved with "
             "save_only_model=True, which nothing can be resumed from."
+        )
+    if seal and state.global_step >= state.max_steps and (state.epoch or 0) < state.num_train_epochs:
+        raise ValueError(
+            f"the checkpoint is the end of this training (step {state.global_step} of {state.max_steps}), and transformers "
+            "would train one step more: take its weights, or raise max_steps."
         )
     if seal and args.save_total_limit == 1:
         raise ValueError("save_total_limit=1 deletes the last good checkpoint before the new one is sealed: give 2.")

@@ -33,6 +33,12 @@ class Trainer(SFTTrainer):
             logs["train_loss"] = mean_loss(self.state.log_history)
         super().log(logs, start_time)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed after its last step: transformers would do one more
+            self.control.should_training_stop = True
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.control.should_log = self.control.should_log or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)

@@ -151,9 +151,11 @@ def different(one: Any, two: Any) -> int:
     """How many values of two ends are not the same, bit for bit."""
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
         if (one.dtype, one.shape) != (two.dtype, two.shape):
-            return max(one.numel(), two.numel())
+            return max(one.numel(), two.numel(), 1)
+        if not one.numel():
+            return 0
         pair = [t.contiguous().reshape(-1).view(torch.uint8).view(t.numel(), -1) for t in (one, two)]
-        return int((pair[0] != pair[1]).any(-1).sum()) if one.numel() else 0
+        return int((pair[0] != pair[1]).any(-1).sum())
     if isinstance(one, dict) and isinstance(two, dict):
         return sum(different(one.get(k), two.get(k)) for k in one.keys() | two.keys())
     return int(one != two)

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 import finetooth
 from finetooth.cli.main import app
+from finetooth.run import write_json
 from finetooth.saved import fault
 from tests.cli.test_train import recipe, runner
 
@@ -132,9 +133,13 @@ def test_a_run_stops_and_can_be_resumed(leave: int, tmp_path: Path) -> None:
         assert all(torch.equal(one.changes[n].values, c.values) for n, c in two.changes.items())
 
 
-def test_metrics_results_and_deltas_name_the_file(tmp_path: Path) -> None:
+def test_deltas_and_results_name_the_file(tmp_path: Path) -> None:
     delta = finetooth.Delta.extract({"w": torch.ones(1 << 20)}, {"w": torch.zeros(1 << 20)})
     with disk(tmp_path / "disk", 1 << 20) as out:
         with pytest.raises(finetooth.NotWritten, match=r"d\.safetensors could not be written: the disk is full"):
             delta.save(out / "d.safetensors")
+        fill(out, 0)
+        with pytest.raises(finetooth.NotWritten, match=r"results\.json could not be written: the disk is full"):
+            write_json(out / "results.json", {"sample": "?" * 10_000})
+        (out / "filler").unlink()
         assert not list(out.iterdir())

@@ -60,6 +60,17 @@ def test_deleting_before_sealing_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, save_total_limit=1)[0].train()
 
 
+def test_one_step_more_than_the_last_is_refused(tmp_path: Path) -> None:
+    """transformers would do it where `max_steps` ends within an epoch; where an epoch ends, it does not."""
+    trainer(tmp_path / "within")[0].train()
+    with pytest.raises(ValueError, match=r"the end of this training \(step 8 of 8\)"):
+        trainer(tmp_path / "within")[0].train(resume_from_checkpoint=finetooth.last_good(tmp_path / "within"))
+    trainer(tmp_path / "epoch", max_steps=6)[0].train()
+    made, opt = trainer(tmp_path / "epoch", max_steps=6)
+    made.train(resume_from_checkpoint=finetooth.last_good(tmp_path / "epoch"))
+    assert opt.steps == 6
+
+
 def test_a_callback_that_does_not_seal(tmp_path: Path) -> None:
     made, opt = trainer(tmp_path, save_total_limit=1)
     made.remove_callback(SelectiveCallback)
