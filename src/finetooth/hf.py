@@ -42,6 +42,8 @@ class SelectiveCallback(TrainerCallback):
         A line that is not whole is one that the run was killed in.
         """
         _check_checkpoints(args, state, self._opt, self._seal)
+        if self._seal and args.should_save and args.save_strategy != "no":
+            saved.promise(Path(args.output_dir))
         if self._metrics is None or not self._metrics.exists() or not state.is_world_process_zero:
             return
         lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines()
