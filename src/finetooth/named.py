@@ -219,6 +219,15 @@ class NamedOptimizer(torch.optim.Optimizer):
             )
         return fingerprint(found)
 
+    def _check_complete(self, slots: dict[str, Any]) -> None:
+        """ValueError, on all ranks alike, if one of them was given the state that is no state."""
+        known = shards.counts([len(slots)], self._device())[:, 0].tolist() if self._cuts else [len(slots)]
+        if 0 in known:
+            raise ValueError(
+                f"the state that rank {known.index(0)} was given has no slots: under FSDP2 rank 0 alone gets the state. Save what it "
+                "gets, and load that on every rank."
+            )
+
     def _count_chosen(self) -> None:
         """Let every slot know how much is chosen on all ranks together."""
         if self._cuts:
@@ -273,10 +282,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         selective = state_dict.get("selective")
         if selective is None:
             raise ValueError("this state has no 'selective' part: it was not saved by a Finetooth optimizer.")
-        if not selective["slots"]:
-            raise ValueError(
-                "this state is that of a rank other than 0, which has none: save what rank 0 gets, and load it on every rank."
-            )
+        self._check_complete(selective["slots"])
         if odd := sorted(set(selective["slots"]) ^ set(self._slots)):
             raise ValueError(
                 f"the state is of other parameters: {odd[0]!r} is on one side only ({len(odd)} such names)."
