@@ -20,7 +20,7 @@ from finetooth import pieces, shards
 from finetooth.anatomy import Part
 from finetooth.gradients import Gradients, remove_gradients
 from finetooth.kernels import reference
-from finetooth.linear import Chosen
+from finetooth.linear import Chosen, structured
 from finetooth.named import NamedOptimizer
 from finetooth.noise import Noise, remove_noise
 from finetooth.rest import Rest, quantize_
@@ -50,6 +50,11 @@ class ChoosingOptimizer(NamedOptimizer):
     _moments: str
     _noise: Noise | None = None
     _gradients: Gradients | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether gradients are gathered, now or after the first selection, instead of left in `p.grad`."""
+        return self._compact and self._route != "dense" and self.rule is not None and structured(self.rule.unit)
 
     @torch.no_grad()
     def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -13,7 +13,8 @@ must still have it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from finetooth import pieces, shards
 from finetooth.base import Base, Held, bits, fingerprint, open_base
+from finetooth.reverted import Part, exchanged
 from finetooth.selection import Selection
 from finetooth.slot import Slot
 
@@ -126,6 +128,38 @@ class NamedOptimizer(torch.optim.Optimizer):
         """The fingerprint of the base tensor, rebuilt where the slot can."""
         p, slot = shards.local(self._parameter(name)).detach(), self._slots.get(name)
         return fingerprint(self._whole(name, slot.original(p) if slot else p))
+
+    @contextmanager
+    def reverted(self) -> Iterator[None]:
+        """The pretrained weights for the length of a block, those of now again afterwards, bit for bit (see `reverted.py`).
+
+        Raises ValueError, before anything is written, if they are not known. It is about weights only: a reference that
+        must not see dropout or noise also needs `model.eval()`, and one under FSDP2 must gather again: `Reference` does both.
+        """
+        self.check_reverts()
+        with nullcontext() if self._base is None else self._base.opened(), exchanged(self._replaced_parts()):
+            yield
+
+    def check_reverts(self) -> None:
+        """Raise ValueError, naming the first tensor, if the pretrained weights are not known now or will not be."""
+        for name, slot in self._slots.items():
+            if self._base is None and not self._rebuilds(slot):
+                raise ValueError(
+                    f"the pretrained values of {name!r} are not held (every entry of it trains, or rest=quantized rewrote "
+                    "them): build with base= as a folder, a hub id or a state dict."
+                )
+
+    def _replaced_parts(self) -> Iterator[Part]:
+        """What makes the parameters the pretrained ones: where, and the values there."""
+        if not self.steps and not self._rewrote_base:
+            return
+        for name, p in self._live().items():
+            held = None if self._rewrote_base else self._slots[name].before(p)
+            if held is not None:
+                yield p, *held
+            elif self._rewrote_base or name not in self._prints:
+                assert self._base is not None  # check_reverts has asked
+                yield p, None, pieces.rows(self._base.tensor(name), self._cuts.get(name))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: a rule's budget and the frozen rest are settled when the optimizer is built."""

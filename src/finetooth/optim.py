@@ -177,6 +177,11 @@ class SelectiveAdamW(ChoosingOptimizer):
         held = float(norm(grads))
         return shards.total(held * held, self._device()) ** 0.5 if self._cuts else held
 
+    @property
+    def max_grad_norm(self) -> float:
+        """What the step clips to; 0: it does not clip."""
+        return self._guard.max_norm
+
     def _collected(self) -> dict[str, Tensor]:
         """The gradients of this step: gathered ones as `[k, unit_numel]`, the others as `p.grad`."""
         routed = self._gradients
