@@ -187,7 +187,7 @@ def test_grpo(row: str, tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = load()
         opt = build(row, model)
-        made = trainer("grpo", model, opt, tmp_path, beta=0.0 if shared else 0.1, max_steps=4, seed=3)
+        made = trainer("grpo", model, opt, tmp_path, beta=0.0 if shared else 0.1, max_steps=4, logging_steps=1)
         if shared:
             assert made.ref_model is None
             made.beta, made.ref_model = 0.1, finetooth.Reference(model, opt)
