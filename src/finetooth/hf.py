@@ -53,7 +53,8 @@ class SelectiveCallback(TrainerCallback):
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the settings, before data or memory are spent on them."""
-        self._check(args, **kwargs)
+        if kwargs.get("optimizer") is not None:  # a trainer of one's own may make it later
+            self._check(args, **kwargs)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check again what may have changed, and take over clipping."""

@@ -55,6 +55,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._origins: dict[str, str] = {}
         self._rewrote_base = False
         self._dtypes = {name: p.dtype for name, p in named}
+        self._shapes = {name: p.shape for name, p in named}
         super().__init__(named, defaults)
         self._complete = True
 
@@ -179,13 +180,14 @@ class NamedOptimizer(torch.optim.Optimizer):
     def _parameter(self, name: str) -> Tensor:
         return self._others[name] if name in self._others else self._parameters()[name]
 
-    def _check_dtypes(self) -> None:
-        """What is held beside a weight (masters, base values) is of the dtype that it had at the start."""
+    def check_parameters(self) -> None:
+        """Raise RuntimeError for a parameter of another dtype or shape than at the start: what is held beside it does not fit."""
         for name, p in self._parameters().items():
-            if p.dtype != self._dtypes[name]:
+            then, now = (self._dtypes[name], list(self._shapes[name])), (p.dtype, list(p.shape))
+            if then != now:
                 raise RuntimeError(
-                    f"{name!r} is {p.dtype} and was {self._dtypes[name]} when the optimizer was built: cast a model first, "
-                    "then build."
+                    f"{name!r} is {now[0]} {now[1]} and was {then[0]} {then[1]} when the optimizer was built: cast a model, and "
+                    "resize its embeddings, first, then build."
                 )
 
     def _rates(self) -> dict[str, dict[str, Any]]:

@@ -146,7 +146,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_dtypes()
+        self.check_parameters()
         grads = self._collected()
         if not self._guard.some(grads, next(iter(self._slots))):
             return loss

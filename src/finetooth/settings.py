@@ -18,7 +18,11 @@ from finetooth.optim import SelectiveAdamW
 
 
 def check(args: Any, model: nn.Module, opt: SelectiveAdamW) -> None:
-    """Raise ValueError for transformers' (or TRL's) `args` that cannot do what they say with this model and optimizer."""
+    """Raise ValueError for transformers' (or TRL's) `args` that cannot do what they say with this model and optimizer.
+
+    RuntimeError for a model that was cast or resized since the optimizer was built.
+    """
+    opt.check_parameters()
     found = [*_other_model(model, opt), *_ignored(args, opt), *_engines(args, opt), *_weights(args, model, opt)]
     if found:
         raise ValueError("these settings do not go together:\n" + "\n".join(f"* {said}" for said in found))

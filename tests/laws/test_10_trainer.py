@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, get_cosine_schedule_with_warmup
+from transformers.modeling_outputs import CausalLMOutput
 
 import finetooth
 
@@ -24,8 +25,8 @@ RATES: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": 0.5}
 class Answering(Toy):
     """The toy, with an output that a Trainer can read."""
 
-    def forward(self, input_ids: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        return {"loss": super().forward(input_ids).loss}
+    def forward(self, input_ids: Tensor, labels: Any = None, attention_mask: Any = None) -> Any:
+        return CausalLMOutput(loss=super().forward(input_ids).loss)
 
 
 def by_hand(row: str, dtype: str, accumulate: int) -> tuple[dict[str, Tensor], list[tuple[float, float]]]:
