@@ -17,7 +17,7 @@ from finetooth import embedded
 MODEL = str(embedded.path("stories260K"))
 
 
-def main(data: Path, model: str = MODEL, steps: int = 60) -> None:
+def main(data: Path, model: str = MODEL, steps: int = 40) -> None:
     """Fine-tune, and say how far the policy has learnt to prefer what was chosen."""
     tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     files = {part: str(data / f"{part}.jsonl.gz") for part in ("train", "test")}
@@ -28,8 +28,9 @@ def main(data: Path, model: str = MODEL, steps: int = 60) -> None:
     args = DPOConfig(
         output_dir="runs/dpo",
         max_steps=steps,
-        per_device_train_batch_size=8,
-        max_length=384,
+        per_device_train_batch_size=4,
+        max_length=256,
+        gradient_checkpointing=False,  # this model is small
         lr_scheduler_type="cosine",
         logging_steps=10,
         save_strategy="no",
@@ -42,7 +43,7 @@ def main(data: Path, model: str = MODEL, steps: int = 60) -> None:
         ref_model=finetooth.Reference(policy, opt),  # holds nothing of its own
         args=args,
         train_dataset=rows["train"],
-        eval_dataset=rows["test"].select(range(128)),
+        eval_dataset=rows["test"].select(range(64)),
         processing_class=tokenizer,
         optimizers=(opt, None),
         callbacks=[finetooth.SelectiveCallback(opt)],

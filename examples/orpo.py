@@ -17,7 +17,7 @@ from finetooth import embedded
 MODEL = str(embedded.path("stories260K"))
 
 
-def main(data: Path, model: str = MODEL, steps: int = 60) -> None:
+def main(data: Path, model: str = MODEL, steps: int = 40) -> None:
     """Fine-tune, and say how often the chosen answer is the likelier one."""
     tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -29,8 +29,9 @@ def main(data: Path, model: str = MODEL, steps: int = 60) -> None:
     args = ORPOConfig(
         output_dir="runs/orpo",
         max_steps=steps,
-        per_device_train_batch_size=8,
-        max_length=384,
+        per_device_train_batch_size=4,
+        max_length=256,
+        gradient_checkpointing=False,  # this model is small
         lr_scheduler_type="cosine",
         logging_steps=10,
         save_strategy="no",
@@ -42,7 +43,7 @@ def main(data: Path, model: str = MODEL, steps: int = 60) -> None:
         policy,
         args=args,
         train_dataset=rows["train"].select(range(1000)),
-        eval_dataset=rows["test"].select(range(128)),
+        eval_dataset=rows["test"].select(range(64)),
         processing_class=tokenizer,
         optimizers=(opt, None),
         callbacks=[finetooth.SelectiveCallback(opt)],

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 import finetooth
@@ -101,6 +102,14 @@ def test_a_bare_loop() -> None:
     holds(opt, model, 4)
 
 
+@pytest.fixture
+def _own_state() -> None:
+    """accelerate's state is one for the process: an earlier trainer's mixed precision would be this test's."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.mark.usefixtures("_own_state")
 @pytest.mark.parametrize("row", ["gmt", "gift-sw", "dst"])
 def test_accelerate(row: str) -> None:
     """Accumulation by accelerate makes the same steps as a loop that accumulates itself."""
