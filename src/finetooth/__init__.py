@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from finetooth.assemble import build
     from finetooth.delta import Delta, DeltaError, WrongBase
     from finetooth.guard import NonFiniteError
+    from finetooth.hf import SelectiveCallback
     from finetooth.methods import METHODS, Method
     from finetooth.named import FrozenMoved
     from finetooth.optim import SelectiveAdamW
+    from finetooth.reference import Reference
     from finetooth.rule import Rule
     from finetooth.selection import Selection, select
     from finetooth.units import Unit
@@ -32,9 +34,11 @@ _HOMES = {
     "FrozenMoved": "named",
     "Method": "methods",
     "NonFiniteError": "guard",
+    "Reference": "reference",
     "Rule": "rule",
     "Selection": "selection",
     "SelectiveAdamW": "optim",
+    "SelectiveCallback": "hf",
     "Unit": "units",
     "Weight": "weight",
     "WrongBase": "delta",
@@ -49,9 +53,11 @@ __all__ = [
     "FrozenMoved",
     "Method",
     "NonFiniteError",
+    "Reference",
     "Rule",
     "Selection",
     "SelectiveAdamW",
+    "SelectiveCallback",
     "Unit",
     "Weight",
     "WrongBase",

@@ -24,11 +24,11 @@ LEVELS = (
     {"units", "kernels", "shards", "quantize"},
     {"selection", "weight", "rule", "pieces"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
-    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear"}
-    | {"codec", "diff", "delta", "meter"},
+    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
+    | {"codec", "diff", "delta", "meter", "reverted", "reference"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data"},
-    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf"},
+    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf", "settings"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},
