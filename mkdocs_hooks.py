@@ -1,4 +1,4 @@
-"""What pages link to outside docs/ comes along: CONTRIBUTING, the examples' page, rows of benchmarks.
+"""What pages link to outside docs/ comes along: CONTRIBUTING, the examples' page, rows of benchmarks; and doctests are code.
 
 Pages are read in the repository too, where `../CONTRIBUTING.md` is right. On the site each such file lies under `repository/`,
 as a page where it is one, and the link is turned to it. The README is the front page. A link to a folder stays as it is, and
@@ -13,10 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import griffe
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent
 DOCS = ROOT / "docs"
+DOCTEST = re.compile(r"^>>> .*?(?=\n\n|\Z)", flags=re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(?<=\]\()([^)#\s]+)(?=[)#])")
 
 
@@ -36,7 +38,10 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
     """Turn each link to where its file is on the site."""
     here = Path(page.file.abs_src_path)
-    found = {given: posixpath.relpath(place(file), posixpath.dirname(page.file.src_uri)) for given, file in targets(markdown, here)}
+    found = {
+        given: posixpath.relpath(place(file), posixpath.dirname(page.file.src_uri))
+        for given, file in targets(markdown, here)
+    }
     return LINK.sub(lambda match: found.get(match[1], match[1]), markdown)
 
 
@@ -59,3 +64,12 @@ def place(file: Path) -> str:
     if file.is_relative_to(DOCS):
         return file.relative_to(DOCS).as_posix()
     return f"repository/{file.relative_to(ROOT).as_posix()}"
+
+
+class Doctests(griffe.Extension):
+    """Doctests that stand bare in a docstring are blocks of code, as in an `Examples:` section."""
+
+    def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        """Put a fence around each."""
+        if obj.docstring is not None:
+            obj.docstring.value = DOCTEST.sub(r"```pycon\n\g<0>\n```", obj.docstring.value)

@@ -104,10 +104,10 @@ def rows(example: Example) -> Found:
 
 def shell(example: Example) -> Found:
     """Run the commands, or check them."""
+    run = runs(example)
     for line in example.parsed.replace("\\\n", " ").splitlines():
-        run = runs(example)
         for words in commands(line):
-            run = run and Path(words[0]).name not in SET_UP  # what follows a set-up in its line is in another environment
+            run = run and Path(words[0]).name not in SET_UP  # what follows a set-up is in that environment
             if wrong := checked(words, run):
                 return f"{shlex.join(words)}: {wrong}"
     return None

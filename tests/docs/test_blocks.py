@@ -46,7 +46,7 @@ WRONG = [
     ("```sh\npip install -e '.[nothing]' && finetooth demo\n```", "there is no extra"),
     ("```sh\npython benchmarks/steps.py --nothing\n```", "does not name --nothing"),
     ("```sh\nrm -r everything\n```", "does not know how to check"),
-    ("```python\nassert 1 == 2\n```", ""),
+    ("```python\nassert 1 == 2, 'no'\n```", "no"),
     ("```yaml\nmethod: {name: gmtt}\n```", "is unknown"),
     ('```json\n{"text": "a"}\n{"txt": "b"}\n```', "expected"),
     ("<!-- runs: no, why -->\n```python\n1 +\n```", "invalid syntax"),
@@ -66,7 +66,9 @@ def test_what_is_wrong_is_found(text: str, said: str, tmp_path: Path, monkeypatc
 
 def test_a_marked_block_does_not_run(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("<!-- runs: no, it would fail -->\n```python\nassert False\n```\n\n```python\nx = 1\n```\n", encoding="utf-8")
+    page.write_text(
+        "<!-- runs: no, it would fail -->\n```python\nassert False\n```\n\n```python\nx = 1\n```\n", encoding="utf-8"
+    )
     document = blocks.document(page)
     for example in document.examples():
         example.evaluate()

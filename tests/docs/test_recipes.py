@@ -33,6 +33,9 @@ def keys(part: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldIn
             yield before + name, field
 
 
+KEYS = list(keys(Recipe))
+
+
 def kind(annotation: Any) -> str:
     """A type in the words of the page."""
     origin, args = get_origin(annotation), get_args(annotation)
@@ -59,7 +62,7 @@ def spelled(value: Any) -> str:
     return yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True).splitlines()[0]
 
 
-@pytest.mark.parametrize(("key", "field"), keys(Recipe), ids=[key for key, _ in keys(Recipe)])
+@pytest.mark.parametrize(("key", "field"), KEYS, ids=[key for key, _ in KEYS])
 def test_a_key_with_its_type_and_default(key: str, field: FieldInfo) -> None:
     said = [found for found in PAGE.splitlines() if found.startswith(f"| `{key}` |")]
     assert len(said) == 1, f"docs/recipes.md needs one line {line(key, field)} MEANING |"
@@ -70,7 +73,7 @@ def test_no_other_keys() -> None:
     parts = [*Recipe.model_fields, "method"]
     tabled = re.findall(r"^\| `([\w.]+)` \| .* \| .* \| .* \|$", PAGE, flags=re.MULTILINE)
     dotted = {key for key in tabled if "." in key or key in parts}
-    assert dotted == {key for key, _ in keys(Recipe)}
+    assert dotted == {key for key, _ in KEYS}
 
 
 def test_every_field_of_a_row() -> None:
