@@ -20,6 +20,7 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.timeout(900)  # the front page trains and measures: 25 s of a core, and much more where cores are shared
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
