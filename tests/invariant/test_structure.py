@@ -27,8 +27,9 @@ LEVELS = (
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear"}
     | {"codec", "diff", "delta", "meter"},
     {"methods", "spelled", "assemble"},
-    {"recipe", "embedded", "data"},
-    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf"},
+    {"recipe", "embedded", "data", "answers"},
+    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf"}
+    | {"overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},
