@@ -56,7 +56,9 @@ def suite(names: Sequence[str], include: Path | None = None) -> Suite:
         raise ValueError(f"--include {include} is no folder: give one with the harness's task files (.yaml).")
     index = TaskManager(include_path=None if include is None else str(include))
     found = tuple(name for given in names for name in _matching(given, index, include))
-    return Suite(tuple(dict.fromkeys(found)), index)
+    names = tuple(dict.fromkeys(found))
+    index.load(list(names))  # what is missing is missed here, not after the model is loaded
+    return Suite(names, index)
 
 
 def _matching(given: str, index: Any, include: Path | None) -> list[str]:

@@ -113,7 +113,7 @@ def test_another_base_is_refused(run: tuple[Path, Any], tmp_path: Path) -> None:
         (["evaluate.choices=[a, b]"], "read by task: choice"),
         (["evaluate.task=none"], "there is nothing to measure"),
         (["--include", "tasks"], "name the tasks"),
-        (["--limit", "0"], "x>=1"),
+        (["--limit", "0"], "greater than or equal to 1"),
     ],
 )
 def test_bad_input_before_a_weight_is_read(
@@ -140,7 +140,7 @@ def test_local_tasks(task: str, tmp_path: Path) -> None:
     given = banking(tmp_path, 12)
     long = {**given[0], "prompt": "a " * 200}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*given, long]))
-    file = recipe(tmp_path, data={"eval": "rows.jsonl"}, evaluate={"task": task, "batch_size": 5})
+    file = recipe(tmp_path, data={"eval": "rows.jsonl", "eval_limit": None}, evaluate={"task": task, "batch_size": 5})
     trained = call("train", file, "optimizer.lr=5.0e-3", "--json")
     found = call("eval", tmp_path / "run", "--json")
     names = {
@@ -173,6 +173,7 @@ def harness_task(folder: Path, name: str, file: Path) -> Path:
     return folder / "tasks"
 
 
+@pytest.mark.slow  # the harness reads 14,000 task files
 def test_the_harness_and_our_own_choice_agree(run: tuple[Path, Any], tmp_path: Path) -> None:
     """A multiple-choice task of lm-evaluation-harness on the same rows: the same accuracies, before and after.
 
@@ -191,6 +192,7 @@ def test_the_harness_and_our_own_choice_agree(run: tuple[Path, Any], tmp_path: P
     assert found["tasks"] == ["banking_choice"]
 
 
+@pytest.mark.slow  # the harness reads 14,000 task files
 def test_the_harness_alone_and_limited(run: tuple[Path, Any], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'finetooth[eval]'")
     banking(tmp_path, 20)
@@ -204,6 +206,7 @@ def test_the_harness_alone_and_limited(run: tuple[Path, Any], tmp_path: Path) ->
     assert torch.equal(generator, torch.get_rng_state()), "the harness has seeded torch's generator"
 
 
+@pytest.mark.slow  # the harness reads 14,000 task files
 def test_an_unknown_task_is_named_before_a_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'finetooth[eval]'")
     from finetooth import jobs

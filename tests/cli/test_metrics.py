@@ -77,7 +77,8 @@ def test_batches_change_nothing(model: Any, tokenizer: Any) -> None:
         "Lily likes to play with her toys. ",
     ]
     rows = [Tokens(ids, [IGNORE, *ids[1:]], 1) for ids in (tokenizer(t)["input_ids"] for t in texts)]
-    alone = [float(model(torch.tensor([r.ids]), labels=torch.tensor([r.labels])).loss) for r in rows]
+    with torch.no_grad():
+        alone = [float(model(torch.tensor([r.ids]), labels=torch.tensor([r.labels])).loss) for r in rows]
     expected = [loss * (len(r.ids) - 1) for loss, r in zip(alone, rows, strict=True)]
     for batch in (1, 3, 64):
         assert evaluate.summed_losses(model, rows, 0, batch) == pytest.approx(expected, rel=1e-4)
@@ -92,7 +93,7 @@ def test_general_loss_is_of_all_tokens(model: Any, tokenizer: Any) -> None:
         for start in range(0, len(ids), 8):
             window = torch.tensor([ids[start : start + 8]])
             if window.shape[1] > 1:
-                total += float(model(window, labels=window).loss) * (window.shape[1] - 1)
+                total += float(model(window, labels=window).loss.detach()) * (window.shape[1] - 1)
                 count += window.shape[1] - 1
     assert evaluate.general_loss(model, tokenizer, documents, 8) == pytest.approx(total / count, rel=1e-4)
 
