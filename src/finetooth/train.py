@@ -20,7 +20,7 @@ from finetooth import run
 from finetooth.delta import Delta
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.jobs import Job, check, load, optimizer
-from finetooth.measure import measure, notes, quantized, remarks, reverts, sample, summary
+from finetooth.measure import forgetting, measure, notes, quantized, remarks, reverts, sample, summary
 from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import Recipe
@@ -58,6 +58,7 @@ def train(
         "base": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
         "before": before,
         "after": after,
+        "forgetting": forgetting(before, after),
         **summary(job, delta, folder),
         "reverted": reverts(job, delta),
         "sample": sample(job, said_before, said_after),

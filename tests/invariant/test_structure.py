@@ -27,8 +27,9 @@ LEVELS = (
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
     | {"codec", "diff", "delta", "meter", "reverted", "reference"},
     {"methods", "spelled", "assemble"},
-    {"recipe", "embedded", "data"},
-    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf", "settings"},
+    {"recipe", "embedded", "data", "answers"},
+    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf", "settings"}
+    | {"overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},
