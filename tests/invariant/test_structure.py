@@ -25,10 +25,10 @@ LEVELS = (
     {"selection", "weight", "rule"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear"}
-    | {"codec", "diff", "delta", "meter"},
+    | {"codec", "diff", "delta", "meter", "shira"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data"},
-    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf"},
+    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf", "reporting", "card", "hub"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetooth.cli import delta, demo, methods, plan, train
+from finetooth.cli import delta, demo, methods, plan, push, train
 
 app = typer.Typer(
     name="finetooth",
@@ -18,6 +18,7 @@ app.command()(demo.demo)
 app.command()(plan.plan)
 app.command()(train.train)
 app.command()(methods.methods)
+app.command()(push.push)
 app.add_typer(delta.app)
 app.add_typer(train.data)
 
