@@ -43,7 +43,7 @@ delta off gave the base back bit for bit: {"yes" if results["reverted"] else "NO
 
 ## Use
 
-With `pip install finetooth=={version}`, or any later version:
+With finetooth {version} or later:
 
 ```python
 {_use(recipe, base)}```
