@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetooth import answers, checkpoint, evaluate, overlap, run
+from finetooth import answers, checkpoint, evaluate, overlap, reporting, run
 from finetooth.assemble import build, check_options, loaded_from
 from finetooth.data import DataError, Prepared, documents, prepare
 from finetooth.methods import METHODS
@@ -58,6 +58,7 @@ def check(recipe: Recipe, resume: bool) -> None:
     """Everything that can be known to be wrong before data and weights are read."""
     check_method(recipe.method)
     check_moments(recipe.optimizer.moments)
+    reporting.check(recipe.train.report_to)
     check_evaluation(recipe)
     run.check(recipe, resume)
     check_context(recipe)

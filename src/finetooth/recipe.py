@@ -90,6 +90,7 @@ class TrainPart(_Part):
     gradient_checkpointing: bool = False
     checkpoint_every: int | None = Field(None, ge=1)  # optimizer steps
     stop_after_nonfinite: int = Field(5, ge=1)
+    report_to: tuple[str, ...] = ()  # names of transformers' reporters, such as tensorboard or wandb
 
 
 class EvaluatePart(_Part):

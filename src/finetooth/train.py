@@ -16,7 +16,8 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from finetooth import run
+from finetooth import reporting, run
+from finetooth.card import card
 from finetooth.delta import Delta
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.jobs import Job, check, load, optimizer
@@ -56,6 +57,7 @@ def train(
     results = {
         "method": recipe.method.name,
         "base": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
+        "revision": delta.base.revision,
         "before": before,
         "after": after,
         "forgetting": forgetting(before, after),
@@ -69,7 +71,8 @@ def train(
         "run": folder.name,
     }
     run.write_json(folder / "results.json", results)
-    (folder / "README.md").write_text(run.card(recipe, results, METHODS[recipe.method.name].paper), encoding="utf-8")
+    said = card(recipe, results, METHODS[recipe.method.name].paper, run.environment())
+    (folder / "README.md").write_text(said, encoding="utf-8")
     if recipe.merged:
         job.model.save_pretrained(folder / "merged")  # type: ignore[operator]
         job.tokenizer.save_pretrained(folder / "merged")
@@ -110,7 +113,8 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         logging_steps=10,
         logging_first_step=True,
         seed=how.seed,
-        report_to="none",
+        report_to=list(how.report_to) or "none",
+        run_name=job.folder.name,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -124,4 +128,5 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
     )
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
+    reporting.arrange(trainer, job.folder)
     return trainer

@@ -25,10 +25,10 @@ LEVELS = (
     {"selection", "weight", "rule", "pieces"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
-    | {"codec", "diff", "delta", "meter", "reverted", "reference"},
+    | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data", "answers"},
-    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf", "settings"}
+    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf", "settings", "reporting", "card", "hub"}
     | {"overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},

@@ -169,3 +169,29 @@ def preview(found: dict[str, Any], as_json: bool) -> None:
         )
     for remark in found["remarks"]:
         console.print(Text(f"note: {remark}"))
+
+
+def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
+    """Names and values, as a table or as JSON on stdout."""
+    if as_json:
+        _json(found)
+        return
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in found.items():
+        if value is not None:
+            table.add_row(key.replace("_", " "), Text(_fact(key, value)))
+    Console(file=sys.stdout).print(table)
+
+
+def _fact(key: str, value: Any) -> str:
+    if key == "share":
+        return f"{value:.4%}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {v}" for k, v in value.items()) or "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
