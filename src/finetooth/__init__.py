@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from finetooth.assemble import build
     from finetooth.delta import Delta, DeltaError, WrongBase
+    from finetooth.files import NotWritten
     from finetooth.guard import NonFiniteError
     from finetooth.hf import SelectiveCallback
     from finetooth.methods import METHODS, Method
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from finetooth.optim import SelectiveAdamW
     from finetooth.reference import Reference
     from finetooth.rule import Rule
+    from finetooth.saved import last_good, saving, seal
     from finetooth.selection import Selection, select
     from finetooth.units import Unit
     from finetooth.weight import Weight
@@ -34,6 +36,7 @@ _HOMES = {
     "FrozenMoved": "named",
     "Method": "methods",
     "NonFiniteError": "guard",
+    "NotWritten": "files",
     "Reference": "reference",
     "Rule": "rule",
     "Selection": "selection",
@@ -43,6 +46,9 @@ _HOMES = {
     "Weight": "weight",
     "WrongBase": "delta",
     "build": "assemble",
+    "last_good": "saved",
+    "saving": "saved",
+    "seal": "saved",
     "select": "selection",
 }
 
@@ -53,6 +59,7 @@ __all__ = [
     "FrozenMoved",
     "Method",
     "NonFiniteError",
+    "NotWritten",
     "Reference",
     "Rule",
     "Selection",
@@ -63,6 +70,9 @@ __all__ = [
     "WrongBase",
     "__version__",
     "build",
+    "last_good",
+    "saving",
+    "seal",
     "select",
 ]
 

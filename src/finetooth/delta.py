@@ -18,7 +18,6 @@ holds a *copy* under it keeps the copy as it is (a module, whose names share sto
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from finetooth import checkpoint, codec
 from finetooth.base import Base, Held, bits, dtype_name, fingerprint, open_base, raw
 from finetooth.codec import Change, DeltaError, Origin, Parts
 from finetooth.diff import change, gather, pair, scatter_
+from finetooth.files import whole
 from finetooth.shards import sharded
 
 __all__ = ["Change", "Delta", "DeltaError", "Origin", "WrongBase", "apply_folder"]
@@ -88,15 +88,14 @@ class Delta:
         return replace(delta, recipe=recipe, method=method)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, all or nothing: a temporary file beside it takes its place when complete."""
+        """Write one safetensors file, all or nothing: a temporary file beside it takes its place when complete.
+
+        Raises NotWritten, an OSError that says how much room there is, if the disk is full.
+        """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temp = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-        try:
+        with whole(path) as temp:
             codec.write(self._parts(), temp)
-            temp.replace(path)
-        finally:
-            temp.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | Path) -> Delta:

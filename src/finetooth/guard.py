@@ -21,6 +21,14 @@ class Guard:
         self.total = 0.0  # the norm of all gradients of the present step
         self._bad, self._idle = 0, 0
 
+    def state(self) -> dict[str, float]:
+        """How many steps in a row were bad, or without gradients, and the last norm: a resumed run goes on from there."""
+        return {"bad": self._bad, "idle": self._idle, "norm": self.norm}
+
+    def restore(self, state: Mapping[str, float]) -> None:
+        """Take over what `state` gave."""
+        self._bad, self._idle, self.norm = int(state["bad"]), int(state["idle"]), state["norm"]
+
     def passes(self, grads: Mapping[str, Tensor], total: float | None = None) -> bool:
         """Whether all of them are finite; NonFiniteError, naming the first bad tensor, after `stop_after` times in a row.
 

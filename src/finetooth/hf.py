@@ -5,7 +5,8 @@
 The optimizer goes in by the public door and does everything a step has to do. The callback makes the rest of the trainer
 tell the truth: it refuses settings that would be ignored or would break a guarantee (`settings.py`), switches the trainer's
 own clipping off, because that looks at the gradients of weights that are not chosen (and at none where they are gathered),
-and puts the norm of the gradients that were used, and the rate they were used with, into the logs.
+and puts the norm of the gradients that were used, and the rate they were used with, into the logs. A checkpoint that the trainer
+has finished it seals (`saved.py`), so that `last_good` can tell it from one that was being written.
 
 transformers calls its reporters (TensorBoard, W&B) before the callbacks a user gives, and hands a callback no way to reach
 the list. So this one looks up the stack for the handler that is calling it, and moves to the front. The alternative, a function to
@@ -25,7 +26,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from finetooth import settings
+from finetooth import saved, settings, shards
+from finetooth.files import room, whole
 from finetooth.optim import SelectiveAdamW
 from finetooth.reference import Reference
 from finetooth.run import to_json
@@ -36,18 +38,25 @@ _log = logging.getLogger(__name__)
 
 
 class SelectiveCallback(TrainerCallback):
-    """True gradient norms, rates and skipped steps in the logs; settings that do not go together are a ValueError.
+    """True gradient norms, rates and skipped steps in the logs, sealed checkpoints; settings that do not go together are a ValueError.
 
     Args:
         opt: the optimizer that the trainer was given.
         metrics: a file to which every log is appended, as a line of JSON.
         progress: called after every step with (step, steps in all, last loss).
+        seal: declare every checkpoint complete when the trainer has written it, for `finetooth.last_good`.
 
     Raises ValueError when the trainer is made, or at the latest when training begins, naming every such setting.
     """
 
-    def __init__(self, opt: SelectiveAdamW, metrics: Path | None = None, progress: Progress | None = None) -> None:
-        self._opt, self._metrics, self._progress = opt, metrics, progress
+    def __init__(
+        self,
+        opt: SelectiveAdamW,
+        metrics: Path | None = None,
+        progress: Progress | None = None,
+        seal: bool = True,
+    ) -> None:
+        self._opt, self._metrics, self._progress, self._seal = opt, metrics, progress, seal
         self._loss: float | None = None
         self._rate: float | None = None
 
@@ -59,15 +68,24 @@ class SelectiveCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check again what may have changed, and take over clipping."""
         self._check(args, **kwargs)
+        _check_checkpoints(args, state, self._opt, self._seal)
         if args.max_grad_norm:
             own = f"to {self._opt.max_grad_norm}" if self._opt.max_grad_norm else "nothing, as it was built to"
             _log.warning("the optimizer clips %s; max_grad_norm of %s is set to 0.", own, type(args).__name__)
             args.max_grad_norm = 0.0  # read anew at every step
-        self._cut_metrics(state.global_step)
+        self._cut_metrics(state)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the rate of the step: the schedule has moved on when it is logged."""
         self._rate = float(self._opt.param_groups[0]["lr"])
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Seal the checkpoint, when every rank has written its part."""
+        if not self._seal:
+            return
+        shards.wait()
+        if args.should_save:
+            saved.seal(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Put the optimizer's figures into a log of training, and append every log to the metrics file."""
@@ -83,7 +101,7 @@ class SelectiveCallback(TrainerCallback):
         self._report(state)
         if self._metrics is not None and state.is_world_process_zero:
             line = {"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}}
-            with self._metrics.open("a", encoding="utf-8") as file:
+            with room(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
                 file.write(to_json(line) + "\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -111,16 +129,17 @@ class SelectiveCallback(TrainerCallback):
         handler.callbacks.remove(self)
         handler.callbacks.insert(0, self)
 
-    def _cut_metrics(self, step: int) -> None:
+    def _cut_metrics(self, state: Any) -> None:
         """A resumed run continues the metrics file from its checkpoint: later lines belong to what was lost.
 
         A line that is not whole is one that the run was killed in.
         """
-        if self._metrics is None or not self._metrics.exists():
+        if self._metrics is None or not self._metrics.exists() or not state.is_world_process_zero:
             return
         lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step(line) <= step]
-        self._metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        kept = [line for line in lines if _step(line) <= state.global_step]
+        with whole(self._metrics) as temp:
+            temp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _report(self, state: Any) -> None:
         if self._progress is not None:
@@ -137,9 +156,26 @@ def _handler() -> CallbackHandler | None:
     return None
 
 
+def _check_checkpoints(args: Any, state: Any, opt: SelectiveAdamW, seal: bool) -> None:
+    """ValueError for a run that goes on without its optimizer state or after its end, or deletes before it knows what it has."""
+    if state.global_step and not opt.steps + opt.skipped:
+        raise ValueError(
+            f"this run goes on at step {state.global_step}, and its checkpoint had no optimizer state: it was saved with "
+            "save_only_model=True, which nothing can be resumed from."
+        )
+    if seal and state.global_step >= state.max_steps and (state.epoch or 0) < state.num_train_epochs:
+        raise ValueError(
+            f"the checkpoint is the end of this training (step {state.global_step} of {state.max_steps}), and transformers "
+            "would train one step more: take its weights, or raise max_steps."
+        )
+    if seal and args.save_total_limit == 1:
+        raise ValueError("save_total_limit=1 deletes the last good checkpoint before the new one is sealed: give 2.")
+
+
 def _step(line: str) -> float:
-    """The step of a line of metrics; infinity for a line that is not whole."""
+    """The step of a line of metrics; infinity for a line that is not whole, and for the summary, which is written again."""
     try:
-        return float(json.loads(line)["step"])
+        found = json.loads(line)
+        return math.inf if "train_runtime" in found else float(found["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf

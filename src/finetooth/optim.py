@@ -183,6 +183,13 @@ class SelectiveAdamW(ChoosingOptimizer):
         if self._gradients is not None:
             self._gradients.clear()
 
+    def _extra_state(self) -> dict[str, Any]:
+        return {**super()._extra_state(), "guard": self._guard.state()}
+
+    def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        super()._load_extra_state(extra)
+        self._guard.restore(extra["guard"])
+
     @property
     def grad_norm(self) -> float:
         """The norm, before clipping, of the gradients that the last step used."""

@@ -2,6 +2,8 @@
 
 recipe.yaml  environment.json  metrics.jsonl  checkpoints/  delta.safetensors  results.json  README.md
 
+Every file is there whole or not at all, so that a run can be resumed whenever it is killed; only lines are appended to the metrics.
+
 `recipe.yaml` and the checkpoints hold whole paths, which resuming needs. The delta, the results and the README, which are
 for others to read, do not.
 """
@@ -11,20 +13,25 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from finetooth import saved
+from finetooth.files import NotWritten, whole
 from finetooth.recipe import Recipe, RecipeError
 
+CHECKPOINTS = "checkpoints"
 LIBRARIES = ("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
 def check(recipe: Recipe, resume: bool) -> None:
-    """Raise RecipeError if the output folder is in use, or holds nothing that could be resumed."""
+    """Raise RecipeError if the output folder is in use, or holds no run that could be resumed."""
     folder = Path(recipe.output)
-    used = folder.is_dir() and any(folder.iterdir())
+    used = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
     if folder.exists() and not folder.is_dir():
         raise RecipeError(f"output={folder} is a file: give a folder.")
     if used and not resume:
@@ -37,25 +44,52 @@ def start(recipe: Recipe) -> Path:
     """Make the folder and say in it what is about to be run."""
     folder = Path(recipe.output)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    shutil.rmtree(folder / CHECKPOINTS / saved.UNFINISHED, ignore_errors=True)  # of a run that was killed
+    write_text(folder / "recipe.yaml", recipe.to_yaml())
     write_json(folder / "environment.json", environment())
     return folder
+
+
+def resumed(folder: Path, say: Callable[[str], None] | None) -> Path | None:
+    """The checkpoint to go on from, verified by hash; None to start at the beginning."""
+    found = saved.last_good(folder / CHECKPOINTS, say)
+    if say is not None:
+        say(
+            "there is no checkpoint yet: starting at the beginning."
+            if found is None
+            else f"going on from {found.name}."
+        )
+        if found is not None and (other := _other_environment(folder)):
+            say(f"equal bits are not promised, because this is another environment: {', '.join(other)}.")
+    return found
+
+
+def _other_environment(folder: Path) -> list[str]:
+    """What has changed since the run was started."""
+    try:
+        before = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [f"{k} {before.get(k)} (now {v})" for k, v in environment().items() if before.get(k) != v]
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[None]:
+    """A full disk ends a run with what is left of it, and how to go on."""
+    try:
+        yield
+    except NotWritten as error:
+        last = saved.newest(folder / CHECKPOINTS)
+        left = "There is no checkpoint yet." if last is None else f"The last complete checkpoint is {last}."
+        raise NotWritten(f"{error} {left} Make room and run the same command with --resume.") from error
 
 
 def _same(recipe: Recipe, folder: Path) -> None:
     saved = folder / "recipe.yaml"
     if not saved.is_file():
         raise RecipeError(f"there is no run to resume in {folder}: recipe.yaml is missing.")
-    if last_checkpoint(folder) is None:
-        raise RecipeError(f"there is no complete checkpoint in {folder / 'checkpoints'}: start again without --resume.")
     if saved.read_text(encoding="utf-8") != recipe.to_yaml():
         raise RecipeError(f"the recipe is not the one that {folder} was started with: compare it with {saved}.")
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that the trainer finished writing."""
-    found = [p for p in folder.glob("checkpoints/checkpoint-*") if (p / "trainer_state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.rpartition("-")[2]), default=None)
 
 
 def environment() -> dict[str, Any]:
@@ -81,7 +115,13 @@ def _version(name: str) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON that a person can read."""
-    path.write_text(to_json(value, indent=2) + "\n", encoding="utf-8")
+    write_text(path, to_json(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    with whole(path) as temp:
+        temp.write_text(text, encoding="utf-8")
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

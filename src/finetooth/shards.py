@@ -35,6 +35,12 @@ def rank() -> int:
     return dist.get_rank() if world() > 1 else 0
 
 
+def wait() -> None:
+    """Go on when every rank is here."""
+    if world() > 1:
+        dist.barrier()
+
+
 def reduce_(tensors: Iterable[Tensor], how: str) -> None:
     """All-reduce tensors in place, how = 'mean', 'sum' or 'max'; does nothing on a single rank."""
     ranks = world()

@@ -3,6 +3,9 @@
 The loop is TRL's `SFTTrainer`. Ours are the optimizer, which goes in through `optimizers=`, the tokenization, which
 training and evaluation share, and the measurements before and after. The trainer's clipping is off
 (`max_grad_norm=0`), because it would look at the gradients of weights that are not chosen; the optimizer clips.
+
+A run may be killed at any time: `resume` goes on from the last checkpoint that is as it was saved, and ends with the bits and
+metrics of a run that was not killed.
 """
 
 from __future__ import annotations
@@ -14,17 +17,19 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from finetooth import reporting, run
 from finetooth.card import card
 from finetooth.delta import Delta
+from finetooth.files import room
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.jobs import Job, check, load, optimizer
 from finetooth.measure import forgetting, measure, notes, quantized, remarks, reverts, sample, summary
 from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import Recipe
+from finetooth.trainer import Trainer
 
 
 def train(
@@ -36,19 +41,29 @@ def train(
     """Run a recipe; the results, as they are also written to `results.json`.
 
     There `run` is the folder's name, here its path. `say` is told, before training starts, what a person should know
-    about the data.
+    about the data, and about checkpoints that cannot be used.
+
+    Raises NotWritten if the disk is full: the last complete checkpoint is unharmed, and named.
     """
     started = time.monotonic()
     check(recipe, resume)
-    job = load(recipe, Path(recipe.output))
-    folder = run.start(recipe)
+    folder = Path(recipe.output)
+    checkpoint = run.resumed(folder, say) if resume else None
+    job = load(recipe, folder)
     if say is not None:
         for remark in remarks(job):
             say(remark)
+    with run.kept(folder):
+        run.start(recipe)
+        return _run(job, checkpoint, progress, started)
+
+
+def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: float) -> dict[str, Any]:
+    recipe, folder = job.recipe, job.folder
     before, said_before = measure(job)
     opt = optimizer(job)
     trainer = make_trainer(job, opt, progress)
-    trainer.train(resume_from_checkpoint=str(run.last_checkpoint(folder)) if resume else None)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     opt.verify_frozen()
     delta = Delta.extract(job.model, opt, recipe=recipe.public().to_json(), method=recipe.method.name)
     delta.save(folder / "delta.safetensors")
@@ -72,18 +87,12 @@ def train(
     }
     run.write_json(folder / "results.json", results)
     said = card(recipe, results, METHODS[recipe.method.name].paper, run.environment())
-    (folder / "README.md").write_text(said, encoding="utf-8")
+    run.write_text(folder / "README.md", said)
     if recipe.merged:
-        job.model.save_pretrained(folder / "merged")  # type: ignore[operator]
-        job.tokenizer.save_pretrained(folder / "merged")
+        with room(folder / "merged"):
+            job.model.save_pretrained(folder / "merged")  # type: ignore[operator]
+            job.tokenizer.save_pretrained(folder / "merged")
     return {**results, "run": str(folder)}
-
-
-class Trainer(SFTTrainer):
-    """TRL's trainer without its model card, which would say of our checkpoints that their base is None."""
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run folder has a card of its own."""
 
 
 def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Trainer:
@@ -109,7 +118,6 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         gradient_checkpointing_kwargs={"use_reentrant": False} if how.gradient_checkpointing else None,
         save_strategy="steps",
         save_steps=how.checkpoint_every or 500,
-        save_total_limit=2,
         logging_steps=10,
         logging_first_step=True,
         seed=how.seed,
@@ -124,7 +132,7 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         train_dataset=Dataset.from_list(rows),
         processing_class=job.tokenizer,
         optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress)],
+        callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress, seal=False)],
     )
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)

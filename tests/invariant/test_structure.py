@@ -21,15 +21,15 @@ PACKAGE = SRC / "finetooth"
 
 # From low to high. A module may import its own level and those below; a cycle is never allowed.
 LEVELS = (
-    {"units", "kernels", "shards", "quantize"},
-    {"selection", "weight", "rule", "pieces"},
+    {"units", "kernels", "shards", "quantize", "files"},
+    {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
     | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data", "answers"},
-    {"jobs", "measure", "train", "run", "evaluate", "preview", "report", "hf", "settings", "reporting", "card", "hub"}
-    | {"overlap", "preflight", "harness", "appraisal"},
+    {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
+    | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from finetooth import NonFiniteError
+
 from .toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,6 +54,28 @@ def test_resume(row: str, dtype: str, folder: Path) -> None:
     for at, value in ours.items():
         assert torch.equal(value, theirs[at]) if isinstance(value, torch.Tensor) else value == theirs[at], at
     opt.verify_frozen()
+
+
+def test_bad_steps_in_a_row_are_counted_on() -> None:
+    """A run that is killed and resumed again and again still stops at the fifth bad gradient."""
+    first, ids = Toy(), batches(1)[0]
+    opt = build("grad", first, gradients="dense")
+
+    def bad_step(model: Toy, opt: Any) -> None:
+        model(ids).loss.backward()
+        model.get_parameter("model.layers.0.self_attn.q_proj.weight").grad.fill_(float("nan"))
+        opt.step()
+        opt.zero_grad()
+
+    for _ in range(3):
+        bad_step(first, opt)
+    second = Toy()
+    later = build("grad", second, gradients="dense")
+    later.load_state_dict(opt.state_dict())
+    bad_step(second, later)
+    assert later.skipped == 4
+    with pytest.raises(NonFiniteError, match="5 gradients in a row"):
+        bad_step(second, later)
 
 
 def test_a_state_of_other_parameters_is_refused() -> None:

@@ -1,0 +1,74 @@
+"""TRL's trainer, as `finetooth train` uses it: checkpoints that are complete or absent, and logs that a kill does not change.
+
+transformers saves and restores what the weights depend on. What it forgets is bookkeeping: the losses added up since the last
+line of the log, the mean loss of the run, and TRL's count of tokens. The first is mended by writing a line with every checkpoint, the others
+are made again from the log, which is saved. It writes a checkpoint at its final name and deletes old ones before the new one is
+known to be whole; here it is given a folder aside, and `saving` does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from trl import SFTTrainer
+
+from finetooth.saved import saving
+
+KEPT = 2  # checkpoints: if the newest is damaged there is another
+
+
+class Trainer(SFTTrainer):
+    """Without a model card: TRL's would say of our checkpoints that their base is None, and the run folder has one."""
+
+    _aside: str | None = None  # where a checkpoint is being written
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As it is, with the mean loss of the whole run at its end, not of what was left of it."""
+        if "train_loss" in logs:
+            logs["train_loss"] = mean_loss(self.state.log_history)
+        super().log(logs, start_time)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:  # resumed after its last step: transformers would do one more
+            self.control.should_training_stop = True
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.control.should_log = self.control.should_log or self.control.should_save
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._aside or str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        with saving(target, keep=KEPT) as unfinished:
+            self._aside = str(unfinished.parent)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        seen = [line["num_tokens"] for line in self.state.log_history if "num_tokens" in line]
+        self._total_train_tokens = int(seen[-1]) if seen else 0
+
+
+def mean_loss(history: Iterable[Mapping[str, Any]]) -> float:
+    """The mean loss of all steps, from lines that each have the mean since the line before.
+
+    >>> mean_loss([{"step": 1, "loss": 4.0}, {"step": 3, "loss": 1.0}])
+    2.0
+    """
+    total, last = 0.0, 0
+    for line in history:
+        if "loss" in line:
+            total, last = total + line["loss"] * (line["step"] - last), line["step"]
+    return total / max(last, 1)
