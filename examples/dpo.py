@@ -23,7 +23,7 @@ def main(data: Path, model: str = MODEL, steps: int = 40) -> None:
     files = {part: str(data / f"{part}.jsonl.gz") for part in ("train", "test")}
     rows = load_dataset("json", data_files=files).select_columns(["prompt", "chosen", "rejected"])
 
-    opt = finetooth.build("dst", policy, lr=3e-4, keep=0.2)  # the one line
+    opt = finetooth.build("dst", policy, lr=1e-4, keep=0.2)  # the one line
 
     args = DPOConfig(
         output_dir="runs/dpo",

@@ -24,7 +24,7 @@ def main(data: Path, model: str = MODEL, steps: int = 40) -> None:
     pairs = load_dataset("json", data_files=files).select_columns(["prompt", "chosen", "rejected"])
     rows = unpair_preference_dataset(pairs).shuffle(seed=0)
 
-    opt = finetooth.build("hft", policy, lr=3e-4)  # the one line
+    opt = finetooth.build("hft", policy, lr=1e-4)  # the one line
 
     args = KTOConfig(
         output_dir="runs/kto",
