@@ -27,6 +27,7 @@ LAWS = {
     7: "apply and revert",
     8: "seeds",
     9: "gradients",
+    10: "trainer",
     12: "memory",
 }
 

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from finetooth.delta import Delta, DeltaError, WrongBase
     from finetooth.files import NotWritten
     from finetooth.guard import NonFiniteError
+    from finetooth.hf import SelectiveCallback
     from finetooth.methods import METHODS, Method
     from finetooth.named import FrozenMoved
     from finetooth.optim import SelectiveAdamW
+    from finetooth.reference import Reference
     from finetooth.rule import Rule
     from finetooth.saved import last_good, saving, seal
     from finetooth.selection import Selection, select
@@ -35,9 +37,11 @@ _HOMES = {
     "Method": "methods",
     "NonFiniteError": "guard",
     "NotWritten": "files",
+    "Reference": "reference",
     "Rule": "rule",
     "Selection": "selection",
     "SelectiveAdamW": "optim",
+    "SelectiveCallback": "hf",
     "Unit": "units",
     "Weight": "weight",
     "WrongBase": "delta",
@@ -56,9 +60,11 @@ __all__ = [
     "Method",
     "NonFiniteError",
     "NotWritten",
+    "Reference",
     "Rule",
     "Selection",
     "SelectiveAdamW",
+    "SelectiveCallback",
     "Unit",
     "Weight",
     "WrongBase",

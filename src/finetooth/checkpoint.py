@@ -16,10 +16,12 @@ import re
 import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+DELTA = "delta.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 # Weights and optimizer states that a changed copy must not carry along, and folders that are no part of a model.
@@ -40,6 +42,28 @@ def resolve(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=_HUB_FILES))
     except (OSError, ValueError, HfHubHTTPError, LocalEntryNotFoundError) as e:
         raise FileNotFoundError(f"{source} is neither a path nor a model on the hub that can be reached: {e}") from e
+
+
+def delta_file(source: str | Path) -> Path:
+    """The delta that `source` names: a file, a folder that holds delta.safetensors, or a repository on the hub.
+
+    `org/name` or `org/name@revision`; the file is downloaded if it is not in the local cache.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path / DELTA
+    name, _, revision = str(source).partition("@")
+    if path.exists() or not HUB_ID.fullmatch(name) or name.endswith(".safetensors"):
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, DELTA, revision=revision or None))
+    except (OSError, ValueError) as e:  # the hub's errors are OSErrors
+        reason = " ".join(str(e).split())
+        raise FileNotFoundError(
+            f"{source} is neither a path nor a repository on the hub that holds {DELTA} and can be reached: {reason}"
+        ) from e
 
 
 def shards(folder: Path) -> dict[str, Path]:
@@ -96,16 +120,22 @@ def copy_changed(src: Path, dst: Path, names: Iterable[str], bytes_of: Callable[
 
     Nothing appears at `dst` before everything is written. Raises FileExistsError if it is there already.
     """
-    where = shards(src)
+    where, changed = shards(src), set(names)
     refuse_target(src, dst)
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    temp = dst.parent / f".{dst.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        shutil.copytree(src, temp, ignore=_ignored, copy_function=shutil.copyfile)
-        changed = set(names)
+    with new_folder(dst) as temp:
+        shutil.copytree(src, temp, ignore=_ignored, copy_function=shutil.copyfile, dirs_exist_ok=True)
         for file in dict.fromkeys(where.values()):
             shutil.copyfile(file, temp / file.name)
             _overwrite(temp / file.name, [n for n in where if n in changed and where[n] == file], bytes_of)
+
+
+@contextmanager
+def new_folder(dst: Path) -> Iterator[Path]:
+    """An empty folder beside `dst` that gets its name when the block is done, and is removed if the block fails."""
+    temp = dst.parent / f".{dst.name}.{secrets.token_hex(4)}.tmp"
+    temp.mkdir(parents=True)
+    try:
+        yield temp
         temp.rename(dst)
     finally:
         shutil.rmtree(temp, ignore_errors=True)

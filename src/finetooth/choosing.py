@@ -21,19 +21,19 @@ from finetooth.anatomy import Part
 from finetooth.checks import check_shards
 from finetooth.gradients import Gradients, remove_gradients
 from finetooth.kernels import reference
-from finetooth.linear import Chosen
-from finetooth.named import NamedOptimizer
+from finetooth.linear import Chosen, structured
 from finetooth.noise import Noise, remove_noise
 from finetooth.rest import Rest, quantize_
 from finetooth.rule import Rule
 from finetooth.selection import Selection, select
 from finetooth.slot import Rounding, Slot
+from finetooth.state import SavedOptimizer
 from finetooth.units import WHOLE
 from finetooth.weight import Lazy, Unavailable, Weight
 from finetooth.when import When, once
 
 
-class ChoosingOptimizer(NamedOptimizer):
+class ChoosingOptimizer(SavedOptimizer):
     """What `SelectiveAdamW` chooses, apart from how it steps."""
 
     rule: Rule | None
@@ -51,6 +51,11 @@ class ChoosingOptimizer(NamedOptimizer):
     _moments: str
     _noise: Noise | None = None
     _gradients: Gradients | None = None
+
+    @property
+    def gathers(self) -> bool:
+        """Whether gradients are gathered, now or after the first selection, instead of left in `p.grad`."""
+        return self._compact and self._route != "dense" and self.rule is not None and structured(self.rule.unit)
 
     @torch.no_grad()
     def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:

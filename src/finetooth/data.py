@@ -8,6 +8,8 @@ loses its whole completion that way is left out and counted.
 
 A chat is tokenized as a whole, and learnt from where it parts from the template's generation prompt. Evaluation asks
 with that prompt itself, as a server does; some templates let it end in what no conversation has, such as `<think>`.
+
+What an evaluation reads of a row beside that is in `answers.py`; what a person is told of a file, in `preflight.py`.
 """
 
 from __future__ import annotations
@@ -16,20 +18,34 @@ import gzip
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from finetooth.recipe import DataPart
 
 IGNORE = -100
 SHAPES = "prompt and completion, messages, or text"
+# What may be wrong with a row without making it unusable; `preflight.py` has the words for a person.
+Flaw = Literal[
+    "prompt unread", "content unread", "tools unread", "no header", "asked otherwise", "empty", "choices cut"
+]
 
 
 class DataError(ValueError):
     """A row or a file that cannot be used: which one, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Answers to choose from: the tokens of each, its length in characters, and which one is right."""
+
+    ids: list[list[int]]
+    characters: list[int]
+    right: int
 
 
 @dataclass
@@ -41,11 +57,12 @@ class Tokens:
     prompt: int
     target: str = ""
     asked: list[int] = field(default_factory=list)  # what generation starts from; empty for a text
+    flaws: set[Flaw] = field(default_factory=set)
+    choices: Choices | None = None
+    references: list[str] = field(default_factory=list)  # texts that a generation is compared with
 
-    @property
-    def asked_as_learnt(self) -> bool:
-        """Whether generation starts from just what training sees before the answer."""
-        return not self.asked or self.asked == self.ids[: self.prompt]
+
+Also = Callable[[dict[str, Any], Tokens, str], None]  # reads more of a row into its tokens; told "FILE, line N"
 
 
 @dataclass
@@ -53,42 +70,33 @@ class Prepared:
     """What became of a file: the examples, and what must be said about them before training."""
 
     examples: list[Tokens] = field(default_factory=list)
+    lost: list[Tokens] = field(default_factory=list)  # the cut took all that bears loss
     rows: int = 0
-    prompts: int = 0  # rows that have one, also of those that are left out
+    prompts: int = 0  # rows that have one, also of those that are lost
     truncated: int = 0
-    without_target: int = 0
-    asked_otherwise: int = 0
+    longest: int = 0  # tokens, before the cut
+    flaws: Counter[Flaw] = field(default_factory=Counter)
+
+    @property
+    def without_target(self) -> int:
+        """Rows that are left out, as the cut took all that bears loss."""
+        return len(self.lost)
 
     def add(self, tokens: Tokens, max_length: int) -> None:
         """Count a row, cut it, and keep it if it still has a token that bears loss."""
         self.rows += 1
         self.prompts += bool(tokens.asked)
         self.truncated += len(tokens.ids) > max_length
-        self.asked_otherwise += not tokens.asked_as_learnt
+        self.longest = max(self.longest, len(tokens.ids))
+        if tokens.asked and tokens.asked != tokens.ids[: tokens.prompt]:
+            tokens.flaws.add("asked otherwise")
+        if tokens.choices and len(tokens.asked) + max(map(len, tokens.choices.ids)) > max_length:
+            tokens.choices = None  # a choice without its end would not be compared fairly
+            tokens.flaws.add("choices cut")
+        self.flaws.update(tokens.flaws)
         tokens.ids, tokens.labels = tokens.ids[:max_length], tokens.labels[:max_length]
-        if all(label == IGNORE for label in tokens.labels):
-            self.without_target += 1
-        else:
-            self.examples.append(tokens)
-
-    def remarks(self, eos: int | None, of: str = "training") -> list[str]:
-        """What a person should know before training starts, if anything, about training or evaluation rows."""
-        out = []
-        if self.truncated:
-            out.append(f"cut to train.max_length: {self.truncated} of {self.rows} {of} rows.")
-        if self.without_target:
-            counted = "" if of == "training" else "; exact match counts them as misses"
-            out.append(
-                f"left out, as the cut takes all that bears loss: {self.without_target} of {self.rows} {of} rows{counted}."
-            )
-        if of == "training" and not any(eos in e.labels for e in self.examples):
-            out.append("no row teaches the end-of-sequence token: generations will not stop by themselves.")
-        if self.asked_otherwise:
-            out.append(
-                "the chat template's generation prompt is not, token for token, what stands before the answers: evaluation "
-                "asks with it, as a server does, and training does not see all of it."
-            )
-        return out
+        kept = any(label != IGNORE for label in tokens.labels)
+        (self.examples if kept else self.lost).append(tokens)
 
     def counts(self) -> dict[str, int]:
         """Rows, cut ones, ones left out, tokens that bear loss."""
@@ -119,8 +127,8 @@ def opened(path: str | Path) -> Iterator[IO[str]]:
         raise DataError(f"{path} cannot be read as {kind}: {error}.{hint}") from error
 
 
-def rows(path: str | Path, limit: int | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a JSON lines file; DataError names the file and line of a bad one."""
+def rows(path: str | Path, limit: int | None = None) -> Iterator[tuple[dict[str, Any], str]]:
+    """The rows of a JSON lines file, each with "FILE, line N"; DataError names that of a bad one."""
     seen = 0
     with opened(path) as file:
         for number, line in enumerate(file, 1):
@@ -128,13 +136,14 @@ def rows(path: str | Path, limit: int | None = None) -> Iterator[dict[str, Any]]
                 return
             if not line.strip():
                 continue
+            where = f"{path}, line {number}"
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}, line {number}: not JSON ({error.msg}).") from error
-            _check(row, f"{path}, line {number}")
+                raise DataError(f"{where}: not JSON ({error.msg}).") from error
+            _check(row, where)
             seen += 1
-            yield row
+            yield row, where
     if not seen:
         raise DataError(f"{path} has no rows: expected JSON lines with {SHAPES}.")
 
@@ -166,11 +175,21 @@ def _check_messages(messages: Any, where: str) -> None:
             )
 
 
-def prepare(path: str | Path, part: DataPart, tokenizer: Any, max_length: int, limit: int | None = None) -> Prepared:
+def prepare(
+    path: str | Path,
+    part: DataPart,
+    tokenizer: Any,
+    max_length: int,
+    limit: int | None = None,
+    also: Also | None = None,
+) -> Prepared:
     """Tokenize a file; DataError if not one row keeps a token that bears loss."""
     out = Prepared()
-    for row in rows(path, limit):
-        out.add(tokenize(row, part, tokenizer), max_length)
+    for row, where in rows(path, limit):
+        tokens = tokenize(row, part, tokenizer)
+        if also is not None:
+            also(row, tokens, where)
+        out.add(tokens, max_length)
     if not out.examples:
         raise DataError(
             f"{path}: after cutting to max_length={max_length} tokens, none of the {out.rows} rows has a token left to learn. "
@@ -192,8 +211,13 @@ def tokenize(row: dict[str, Any], part: DataPart, tokenizer: Any) -> Tokens:
     if eos and before[-1:] == eos:  # a tokenizer that closes every text would end it before the answer
         before = before[:-1]
     answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + eos
+    flaws = _flaws({"prompt unread": row["prompt"] not in prompt, "empty": not row["completion"].strip()})
     target = str(row.get("target", row["completion"]))
-    return Tokens(before + answer, [IGNORE] * len(before) + answer, len(before), target, before)
+    return Tokens(before + answer, [IGNORE] * len(before) + answer, len(before), target, before, flaws)
+
+
+def _flaws(found: dict[Flaw, bool]) -> set[Flaw]:
+    return {name for name, true in found.items() if true}
 
 
 def prompt_of(row: dict[str, Any], part: DataPart) -> str:
@@ -217,24 +241,33 @@ def _chat(row: dict[str, Any], tokenizer: Any) -> Tokens:
             "the data has messages, and the tokenizer has no chat template: use prompt and completion rows."
         )
     *context, answer = row["messages"]
-    before = _template(tokenizer, context, True)
-    whole = _template(tokenizer, row["messages"], False)
+    asking = _template(tokenizer, context, True)
+    text = _template(tokenizer, row["messages"], False)
+    said = [m[key].strip() for m in row["messages"] for key in m if key != "role" and isinstance(m[key], str)]
+    flaws = _flaws(
+        {
+            "content unread": any(part not in text for part in said),
+            "tools unread": bool(row.get("tools")),
+            "no header": asking == _template(tokenizer, context, False),
+            "empty": not answer["content"].strip(),
+        }
+    )
+    before, whole = (list(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in (asking, text))
     start = next(
         (i for i, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), min(len(before), len(whole))
     )
     target = str(row.get("target", answer["content"]))
-    return Tokens(whole, [IGNORE] * start + whole[start:], start, target, before)
+    return Tokens(whole, [IGNORE] * start + whole[start:], start, target, before, flaws)
 
 
-def _template(tokenizer: Any, messages: list[dict[str, str]], generate: bool) -> list[int]:
+def _template(tokenizer: Any, messages: list[dict[str, str]], generate: bool) -> str:
     from jinja2 import TemplateError  # transformers wants jinja2 for chat templates only
 
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate))
     except TemplateError as error:
         roles = ", ".join(str(m["role"]) for m in messages)
         raise DataError(f"the chat template refuses a row with the roles {roles}: {error}.") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def documents(path: str | Path) -> list[str]:

@@ -99,8 +99,11 @@ class Delta:
 
     @staticmethod
     def load(path: str | Path) -> Delta:
-        """Read a file and check all of it; DeltaError says what is wrong with it."""
-        parts = codec.read(Path(path))
+        """Read a file and check all of it; DeltaError says what is wrong with it.
+
+        `path` may also be a folder that holds delta.safetensors, such as a run's, or `org/name[@revision]` on the hub.
+        """
+        parts = codec.read(checkpoint.delta_file(path))
         return Delta(parts.changes, parts.tied, parts.base, parts.method, parts.recipe, parts.library)
 
     def apply(self, target: nn.Module | dict[str, Tensor]) -> Delta:

@@ -1,11 +1,24 @@
 """Task quality and forgetting, as numbers.
 
-    task loss      mean cross-entropy over the tokens that bear loss
-    exact match    share of greedy generations that equal the expected answer, among all rows with a prompt: one that
-                   loses its whole completion to train.max_length is a miss
-    forgetting     mean token cross-entropy on a general text, after minus before
+    task loss         mean cross-entropy over the tokens that bear loss, in nats
+    exact match       share of greedy generations that equal the expected answer, among all rows with a prompt: one that
+                      loses its whole completion to train.max_length is a miss
+    choice accuracy   share of rows whose right choice is the likeliest after the prompt, by the sum of the log-likelihoods of
+                      its tokens; and by that sum for each character, as long choices are unlikely for their length alone.
+                      lm-evaluation-harness calls the two acc and acc_norm
+    general loss      mean token cross-entropy on a general text, in nats
+    forgetting        general loss after minus before: what the fine-tune cost on a text it was not made for
 
-All in eval mode and without gradients; the mode is put back. Benchmarks of lm-evaluation-harness are not wired in yet.
+Forgetting is as in the method comparison of PEFT (pull requests 2925 of November 2025 and 3419 of July 2026): logits are held against
+the *next* token, all tokens weigh the same whatever document they are in, padding counts for nothing, and "before" is the
+base itself, not a model with an untrained adapter on it. One difference: a document longer than the context is measured in
+windows to its end, where PEFT measures its first 768 tokens.
+
+All in eval mode and without gradients; the mode is put back. Logits become float32 a row at a time: of a large vocabulary,
+those of a whole batch would be the most that is held. Texts are compared in `overlap.py`, other people's benchmarks
+are run by `harness.py`.
+
+Not covered: the prompt of a row is read anew for each of its choices.
 """
 
 from __future__ import annotations
@@ -54,22 +67,35 @@ def batched(examples: Sequence[Tokens], size: int) -> Iterator[list[Tokens]]:
 
 def task_loss(model: nn.Module, examples: Sequence[Tokens], pad_id: int, batch_size: int = 64) -> float:
     """Mean cross-entropy of the tokens that bear loss, in nats."""
-    total, count = 0.0, 0
+    count = sum(label != IGNORE for e in examples for label in e.labels[1:])
+    return sum(summed_losses(model, examples, pad_id, batch_size)) / max(count, 1)
+
+
+def summed_losses(model: nn.Module, examples: Sequence[Tokens], pad_id: int, batch_size: int) -> list[float]:
+    """For every example, in order, the summed cross-entropy of its tokens that bear loss, in nats."""
+    order = sorted(range(len(examples)), key=lambda i: -len(examples[i].ids))
+    out = [0.0] * len(examples)
     with _quiet(model):
         device = next(model.parameters()).device
-        for batch in batched(examples, batch_size):
-            full = {k: v.to(device) for k, v in pad(batch, pad_id).items()}
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            full = {k: v.to(device) for k, v in pad([examples[i] for i in batch], pad_id).items()}
             labels = full.pop("labels")
-            loss, n = _cross_entropy(model(**full).logits, labels)
-            total, count = total + loss, count + n
-    return total / max(count, 1)
+            for i, loss in zip(batch, by_row(model(**full).logits, labels).tolist(), strict=True):
+                out[i] = loss
+    return out
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    shifted = labels[:, 1:].reshape(-1)
-    flat = logits[:, :-1].float().reshape(-1, logits.shape[-1])
-    loss = nn.functional.cross_entropy(flat, shifted, ignore_index=IGNORE, reduction="sum")
-    return float(loss), int((shifted != IGNORE).sum())
+def by_row(logits: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross-entropy of each row of a batch.
+
+    logits: [rows, tokens, vocabulary], of the next token; labels: [rows, tokens], IGNORE where nothing is expected.
+    Returns [rows] float32.
+    """
+    pairs = zip(logits[:, :-1], labels[:, 1:], strict=True)
+    return torch.stack(
+        [nn.functional.cross_entropy(a.float(), b, ignore_index=IGNORE, reduction="sum") for a, b in pairs]
+    )
 
 
 def general_loss(model: nn.Module, tokenizer: Any, documents: Sequence[str], context: int) -> float:
@@ -106,6 +132,29 @@ def generate(
             texts = tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
             out.update(zip(batch, texts, strict=True))
     return [out[i] for i in range(len(prompts))]
+
+
+def choice_accuracy(
+    model: nn.Module, examples: Sequence[Tokens], pad_id: int, batch_size: int, rows: int | None = None
+) -> dict[str, float]:
+    """How often the right choice is the likeliest: by its log-likelihood, and by its log-likelihood for each character.
+
+    `rows` is how many were to be answered, where some could not be asked: those are misses.
+    """
+    asked = [(e.asked, e.choices) for e in examples if e.choices is not None]
+    whole = [Tokens(a + c, [IGNORE] * len(a) + c, len(a)) for a, choices in asked for c in choices.ids]
+    losses = iter(summed_losses(model, whole, pad_id, batch_size))
+    plain = normalized = 0
+    for _, choices in asked:
+        found = [(next(losses), n) for n in choices.characters]
+        plain += _least([loss for loss, _ in found]) == choices.right
+        normalized += _least([loss / n for loss, n in found]) == choices.right
+    of = max(len(examples) if rows is None else rows, 1)
+    return {"choice_accuracy": plain / of, "choice_accuracy_per_character": normalized / of}
+
+
+def _least(values: Sequence[float]) -> int:
+    return min(range(len(values)), key=values.__getitem__)
 
 
 def answer(text: str, extract: str | None) -> str:

@@ -175,7 +175,10 @@ class _Ignored(list[str]):
 
 
 def _kept(chosen: Chosen | None, selection: Selection) -> Chosen | None:
-    same = chosen is not None and (chosen.selection.unit, chosen.selection.shape) == (selection.unit, selection.shape)
+    def told(s: Selection) -> tuple[object, ...]:
+        return s.unit, s.shape, s.index.device, len(s)
+
+    same = chosen is not None and told(chosen.selection) == told(selection)
     return chosen if same and chosen is not None and chosen.selection.index.equal(selection.index) else None
 
 

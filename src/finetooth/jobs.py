@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetooth import checkpoint, evaluate, run
+from finetooth import answers, checkpoint, evaluate, overlap, reporting, run
 from finetooth.assemble import build, check_options, loaded_from
 from finetooth.data import DataError, Prepared, documents, prepare
 from finetooth.methods import METHODS
@@ -21,6 +21,7 @@ from finetooth.rule import check_keep
 from finetooth.spelled import choice
 
 CALIBRATION_BATCH = 8
+ASKED = ("exact_match", "choice", "bleu", "rouge")  # tasks that need a prompt
 # Settings of `build` that a recipe has in another section than `method`.
 ELSEWHERE = {
     "lr": "optimizer.lr",
@@ -57,6 +58,7 @@ def check(recipe: Recipe, resume: bool) -> None:
     """Everything that can be known to be wrong before data and weights are read."""
     check_method(recipe.method)
     check_moments(recipe.optimizer.moments)
+    reporting.check(recipe.train.report_to)
     check_evaluation(recipe)
     run.check(recipe, resume)
     check_context(recipe)
@@ -86,9 +88,12 @@ def check_method(part: MethodPart) -> None:
 def check_evaluation(recipe: Recipe) -> None:
     """RecipeError for a measurement that has nothing to measure."""
     how, method = recipe.evaluate, recipe.method
-    for name, wanted in (("task: exact_match", how.task == "exact_match"), ("quantized_bits", how.quantized_bits)):
+    for name, wanted in ((f"task: {how.task}", how.task in ASKED), ("quantized_bits", how.quantized_bits)):
         if wanted and recipe.data.eval is None:
             raise RecipeError(f"evaluate.{name} needs data.eval: there are no rows to measure on.")
+    if how.choices is not None and how.task != "choice":
+        raise RecipeError(f"evaluate.choices is read by task: choice, and the task is {how.task}.")
+    overlap.check(how.task)
     rule = METHODS[method.name].rule
     unit = choice("unit", (method.model_extra or {}).get("unit", rule.unit if rule else "matrix"))
     if how.quantized_bits and getattr(unit, "kind", unit) != "column":
@@ -98,7 +103,7 @@ def check_evaluation(recipe: Recipe) -> None:
         )
 
 
-def load(recipe: Recipe, folder: Path) -> Job:
+def load(recipe: Recipe, folder: Path, training: bool = True) -> Job:
     """Tokenizer and data first, then the model: bad data should not cost the loading of the weights."""
     source = str(checkpoint.resolve(recipe.model))
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -106,16 +111,25 @@ def load(recipe: Recipe, folder: Path) -> Job:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise DataError(f"the tokenizer of {recipe.model} has neither a pad nor an end-of-sequence token.")
-    data, longest = recipe.data, recipe.train.max_length
-    learn = prepare(data.train, data, tokenizer, longest, data.limit)
-    test = prepare(data.eval, data, tokenizer, longest, data.eval_limit) if data.eval else None
-    if test is not None and not test.prompts and recipe.evaluate.task == "exact_match":
-        raise DataError(f"{data.eval} has texts only: exact_match needs rows with a prompt, or messages.")
+    learn, test = read(recipe, tokenizer, training)
     general = documents(recipe.evaluate.forgetting) if recipe.evaluate.forgetting else []
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Job(recipe, folder, tokenizer, learn, test, general, model.to(device))
+
+
+def read(recipe: Recipe, tokenizer: Any, training: bool = True) -> tuple[Prepared, Prepared | None]:
+    """The rows to train on, none if that is not wanted, and those to evaluate on, with what the task needs of them."""
+    data, longest, task = recipe.data, recipe.train.max_length, recipe.evaluate.task
+    learn = prepare(data.train, data, tokenizer, longest, data.limit) if training else Prepared()
+    if data.eval is None:
+        return learn, None
+    also = answers.reader(recipe.evaluate, tokenizer)
+    test = prepare(data.eval, data, tokenizer, longest, data.eval_limit, also)
+    if task in ASKED and not test.prompts:
+        raise DataError(f"{data.eval} has texts only: {task} needs rows with a prompt, or messages.")
+    return learn, test
 
 
 def optimizer(job: Job) -> SelectiveAdamW:

@@ -8,31 +8,51 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetooth import checkpoint, evaluate
+from finetooth import checkpoint, evaluate, overlap, preflight
 from finetooth.base import bits
+from finetooth.data import Prepared, Tokens
 from finetooth.delta import Delta
 from finetooth.jobs import Job
 from finetooth.optim import SelectiveAdamW
 from finetooth.rest import quantized_rest
 
 SAMPLES = 64  # of the evaluation rows, one is shown: the first that comes out right, if any does
+GENERATED = ("exact_match", "bleu", "rouge")  # tasks that need a generation for every row
 
 
-def measure(job: Job) -> tuple[dict[str, float], list[str]]:
-    """What the recipe asks for, on the model as it is, and a few generations."""
+def measure(job: Job, samples: int = SAMPLES) -> tuple[dict[str, float], list[str]]:
+    """What the recipe asks for, on the model as it is, and a few generations, or as many as the task needs."""
     how, out, said = job.recipe.evaluate, dict[str, float](), list[str]()
     if job.eval is not None and how.task != "none":
         out["task_loss"] = evaluate.task_loss(job.model, job.eval.examples, job.pad, how.batch_size)
     if job.eval is not None:
-        exact = how.task == "exact_match"
-        asked = [e for e in job.eval.examples if e.asked][: None if exact else SAMPLES]
+        asked = [e for e in job.eval.examples if e.asked][: None if how.task in GENERATED else samples]
         prompts = [e.asked for e in asked]
         said = evaluate.generate(job.model, job.tokenizer, prompts, how.max_new_tokens, how.batch_size)
-        if exact:
-            out["exact_match"] = evaluate.exact_match(said, asked, how.extract, job.eval.prompts)
+        out |= _quality(job, job.eval, said, asked)
     if job.general:
         out["general_loss"] = evaluate.general_loss(job.model, job.tokenizer, job.general, _context(job))
     return out, said
+
+
+def _quality(job: Job, rows: Prepared, said: list[str], asked: list[Tokens]) -> dict[str, float]:
+    """What the task is about; a row that the cut left nothing of is a miss, or an empty text."""
+    how = job.recipe.evaluate
+    if how.task == "exact_match":
+        return {"exact_match": evaluate.exact_match(said, asked, how.extract, rows.prompts)}
+    if how.task == "choice":
+        return evaluate.choice_accuracy(job.model, rows.examples, job.pad, how.batch_size, rows.prompts)
+    if how.task in ("bleu", "rouge"):
+        lost = [e for e in rows.lost if e.asked]
+        texts = [evaluate.answer(text, how.extract) for text in said] + [""] * len(lost)
+        references = [e.references for e in asked + lost]
+        return {"bleu": overlap.bleu(texts, references)} if how.task == "bleu" else overlap.rouge(texts, references)
+    return {}
+
+
+def forgetting(before: dict[str, float], after: dict[str, float]) -> float | None:
+    """General loss after minus before, in nats (see `evaluate.py`); None without a general text."""
+    return after["general_loss"] - before["general_loss"] if "general_loss" in after else None
 
 
 def _context(job: Job) -> int:
@@ -84,13 +104,17 @@ def sample(job: Job, before: list[str], after: list[str]) -> dict[str, str]:
     }
 
 
-def notes(job: Job) -> dict[str, dict[str, int] | None]:
-    """What must be known about the data, counted for each file."""
-    return {"train": job.train.counts(), "eval": job.eval.counts() if job.eval is not None else None}
+def notes(job: Job) -> dict[str, Any]:
+    """What must be known about the data, counted for each file, and how many evaluation rows are training rows as well."""
+    if job.eval is None:
+        return {"train": job.train.counts(), "eval": None}
+    return {
+        "train": job.train.counts(),
+        "eval": job.eval.counts(),
+        "in_both": preflight.in_both(job.train, job.eval),
+    }
 
 
 def remarks(job: Job) -> list[str]:
     """What a person should know about both files, each thing once."""
-    eos = job.tokenizer.eos_token_id
-    said = job.train.remarks(eos) + (job.eval.remarks(eos, "evaluation") if job.eval is not None else [])
-    return list(dict.fromkeys(said))
+    return preflight.remarks(job.train, job.eval, preflight.stops(job.recipe.model, job.tokenizer))

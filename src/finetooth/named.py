@@ -1,8 +1,7 @@
 """An optimizer that keeps its state by parameter name, and can prove what it did not touch.
 
 torch's own `state` is keyed by the Parameter object and casts what lies in it to the parameter's dtype on
-load: an int32 index came back as bfloat16. Here everything is in `slots`, by name, and travels as
-`state_dict()["selective"]`; parameters are looked up in `param_groups`, never cached, because wrappers swap them.
+load: an int32 index came back as bfloat16. Here everything is in `slots`, by name, and travels apart (`state.py`); parameters are looked up in `param_groups`, never cached, because wrappers swap them.
 
 Of sharded parameters a slot is about the rows that this rank holds. What a user gets (selections, base tensors, state) is whole,
 so asking for it is collective: every rank must ask.
@@ -13,7 +12,8 @@ must still have it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,18 +21,13 @@ from torch import Tensor, nn
 
 from finetooth import pieces, shards
 from finetooth.base import Base, Held, bits, fingerprint, open_base
+from finetooth.reverted import Part, exchanged
 from finetooth.selection import Selection
 from finetooth.slot import Slot
 
 
 class FrozenMoved(RuntimeError):
     """A weight that must not move has moved."""
-
-
-def _on_host(state: dict[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.cpu() if isinstance(v, Tensor) else _on_host(v) if isinstance(v, dict) else v for k, v in state.items()
-    }
 
 
 class NamedOptimizer(torch.optim.Optimizer):
@@ -55,6 +50,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         self._origins: dict[str, str] = {}
         self._rewrote_base = False
         self._dtypes = {name: p.dtype for name, p in named}
+        self._shapes = {name: p.shape for name, p in named}
         super().__init__(named, defaults)
         self._complete = True
 
@@ -129,6 +125,38 @@ class NamedOptimizer(torch.optim.Optimizer):
         p, slot = shards.local(self._parameter(name)).detach(), self._slots.get(name)
         return fingerprint(self._whole(name, slot.original(p) if slot else p))
 
+    @contextmanager
+    def reverted(self) -> Iterator[None]:
+        """The pretrained weights for the length of a block, those of now again afterwards, bit for bit (see `reverted.py`).
+
+        Raises ValueError, before anything is written, if they are not known. It is about weights only: a reference that
+        must not see dropout or noise also needs `model.eval()`, and one under FSDP2 must gather again: `Reference` does both.
+        """
+        self.check_reverts()
+        with nullcontext() if self._base is None else self._base.opened(), exchanged(self._replaced_parts()):
+            yield
+
+    def check_reverts(self) -> None:
+        """Raise ValueError, naming the first tensor, if the pretrained weights are not known now or will not be."""
+        for name, slot in self._slots.items():
+            if self._base is None and not self._rebuilds(slot):
+                raise ValueError(
+                    f"the pretrained values of {name!r} are not held (every entry of it trains, or rest=quantized rewrote "
+                    "them): build with base= as a folder, a hub id or a state dict."
+                )
+
+    def _replaced_parts(self) -> Iterator[Part]:
+        """What makes the parameters the pretrained ones: where, and the values there."""
+        if not self.steps and not self._rewrote_base:
+            return
+        for name, p in self._live().items():
+            held = None if self._rewrote_base else self._slots[name].before(p)
+            if held is not None:
+                yield p, *held
+            elif self._rewrote_base or name not in self._prints:
+                assert self._base is not None  # check_reverts has asked
+                yield p, None, pieces.rows(self._base.tensor(name), self._cuts.get(name))
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refused after construction: a rule's budget and the frozen rest are settled when the optimizer is built."""
         if self.__dict__.get("_complete"):
@@ -160,13 +188,14 @@ class NamedOptimizer(torch.optim.Optimizer):
         """A parameter that takes no part, of a model that was sharded after the optimizer was built."""
         raise NotImplementedError
 
-    def _check_dtypes(self) -> None:
-        """What is held beside a weight (masters, base values) is of the dtype that it had at the start."""
+    def check_parameters(self) -> None:
+        """Raise RuntimeError for a parameter of another dtype or shape than at the start: what is held beside it does not fit."""
         for name, p in self._parameters().items():
-            if p.dtype != self._dtypes[name]:
+            then, now = (self._dtypes[name], list(self._shapes[name])), (p.dtype, list(p.shape))
+            if then != now:
                 raise RuntimeError(
-                    f"{name!r} is {p.dtype} and was {self._dtypes[name]} when the optimizer was built: cast a model first, "
-                    "then build."
+                    f"{name!r} is {now[0]} {now[1]} and was {then[0]} {then[1]} when the optimizer was built: cast a model, and "
+                    "resize its embeddings, first, then build."
                 )
 
     def _rates(self) -> dict[str, dict[str, Any]]:
@@ -219,91 +248,5 @@ class NamedOptimizer(torch.optim.Optimizer):
             )
         return fingerprint(found)
 
-    def _count_chosen(self) -> None:
-        """Let every slot know how much is chosen on all ranks together."""
-        if self._cuts:
-            sums = shards.counts([slot.numel for slot in self._slots.values()], self._device()).sum(0).tolist()
-            for slot, n in zip(self._slots.values(), sums, strict=True):
-                slot.everywhere = int(n)
-
     def _device(self) -> torch.device:
         return next(iter(self._live().values())).device
-
-    def _choices(self) -> dict[str, Any]:
-        """What the meaning of the slots depends on, in words."""
-        return {}
-
-    def _extra_state(self) -> dict[str, Any]:
-        return {}
-
-    def _load_extra_state(self, extra: dict[str, Any]) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        """torch's, with everything selective under "selective", keyed by parameter name."""
-        out = super().state_dict()
-        out["state"] = {}
-        out["selective"] = {
-            "version": 1,
-            "steps": self.steps,
-            "skipped": self.skipped,
-            "seed": self.seed,
-            "choices": self._choices(),
-            "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
-            "origins": dict(self._origins),
-            "prints": dict(self._prints),
-            "slots": self._states(),
-            "extra": self._extra_state(),
-        }
-        return out
-
-    def _states(self) -> dict[str, Any]:
-        """Of every slot; of sharded ones the whole, in the memory of rank 0, and nothing on other ranks."""
-        out = {}
-        for name, slot in self._slots.items():
-            state = pieces.join_state(slot.state(), self._cuts.get(name), self._compact)
-            if not self._cuts:
-                out[name] = state
-            elif shards.rank() == 0:
-                out[name] = _on_host(state)
-        return out
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave; ValueError if it is of other parameters, or of another method."""
-        selective = state_dict.get("selective")
-        if selective is None:
-            raise ValueError("this state has no 'selective' part: it was not saved by a Finetooth optimizer.")
-        if not selective["slots"]:
-            raise ValueError(
-                "this state is that of a rank other than 0, which has none: save what rank 0 gets, and load it on every rank."
-            )
-        if odd := sorted(set(selective["slots"]) ^ set(self._slots)):
-            raise ValueError(
-                f"the state is of other parameters: {odd[0]!r} is on one side only ({len(odd)} such names)."
-            )
-        mine, saved = self._choices(), selective["choices"]
-        if other := [f"{k}={saved.get(k)!r} (here {v!r})" for k, v in mine.items() if saved.get(k) != v]:
-            raise ValueError(f"the state is of another method: {', '.join(other)}.")
-        kinds = {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()}
-        if odd := [n for n, kind in selective["dtypes"].items() if kinds[n] != kind]:
-            raise ValueError(
-                f"the state is of a model in another precision: {odd[0]!r} was {selective['dtypes'][odd[0]]}, here it is "
-                f"{kinds[odd[0]]}."
-            )
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        if len(groups) != len(self.param_groups):
-            raise ValueError(f"the state has {len(groups)} parameter groups, this optimizer {len(self.param_groups)}.")
-        for group, own in zip(groups, self.param_groups, strict=True):
-            group["param_names"] = own["param_names"]  # by name, whatever order they were saved in
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        live = self._live()
-        self.steps, self.skipped, self.seed = selective["steps"], selective["skipped"], selective["seed"]
-        self._slots = {
-            n: Slot.restore(
-                n, pieces.cut_state(s, self._cuts.get(n), self._compact), live[n].device, self._slots[n].kind
-            )
-            for n, s in selective["slots"].items()
-        }
-        self._count_chosen()
-        self._origins, self._prints = dict(selective["origins"]), dict(selective["prints"])
-        self._load_extra_state(selective["extra"])

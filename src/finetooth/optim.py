@@ -127,7 +127,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         for name in names:
             check_parameter(name, given[name])
         check_shards({name: given[name] for name in names}, moments)
-        others = {name: p for name, p in given.items() if name not in set(names)}
+        others: dict[str, Tensor | None] = {name: p for name, p in given.items() if name not in set(names)}
         rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([(n, given[n]) for n in names], others, base, rates)
         self.seed = seed
@@ -146,7 +146,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_dtypes()
+        self.check_parameters()
         self._adopt()
         grads = self._collected()
         self._refuse_rehearsal(grads)
@@ -199,6 +199,11 @@ class SelectiveAdamW(ChoosingOptimizer):
         """The norm of gradients on all ranks together."""
         held = float(norm(grads))
         return shards.total(held * held, self._device()) ** 0.5 if self._cuts else held
+
+    @property
+    def max_grad_norm(self) -> float:
+        """What the step clips to; 0: it does not clip."""
+        return self._guard.max_norm
 
     def _collected(self) -> dict[str, Tensor]:
         """The gradients of this step: gathered ones as `[k, unit_numel]`, the others as `p.grad`."""

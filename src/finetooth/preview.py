@@ -1,4 +1,4 @@
-"""Rows as the model sees them: context, what is learnt, and what would be lost."""
+"""Rows as the model sees them: context, what is learnt, what would be lost, and what a run would say before it starts."""
 
 from __future__ import annotations
 
@@ -7,24 +7,28 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from finetooth import checkpoint
-from finetooth.data import IGNORE, prepare
+from finetooth.data import IGNORE
+from finetooth.jobs import read
+from finetooth.preflight import in_both, remarks, stops
 from finetooth.recipe import Recipe
 
 
 def preview(recipe: Recipe, rows: int) -> dict[str, Any]:
-    """The first rows as text in two parts, and the counts over the whole training file."""
+    """The first rows as text in two parts, the counts over both files, and all remarks on them."""
     tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.resolve(recipe.model)))
-    found = prepare(recipe.data.train, recipe.data, tokenizer, recipe.train.max_length, recipe.data.limit)
+    learn, test = read(recipe, tokenizer)
     shown = []
-    for example in found.examples[:rows]:
+    for example in learn.examples[:rows]:
         start = next(i for i, label in enumerate(example.labels) if label != IGNORE)
         parts = tokenizer.decode(example.ids[:start]), tokenizer.decode(example.ids[start:])
         ends = example.ids[-1] == tokenizer.eos_token_id
         shown.append({"context": parts[0], "learnt": parts[1], "tokens": len(example.ids), "ends_with_eos": ends})
-    counts = {"rows": found.rows, "truncated": found.truncated, "without_target": found.without_target}
+    counts = {"rows": learn.rows, "truncated": learn.truncated, "without_target": learn.without_target}
     return {
         "rows": shown,
-        **{"of": counts},
-        "tokens_learnt": found.learnt,
-        "longest": max(len(e.ids) for e in found.examples),
+        "of": counts,
+        "tokens_learnt": learn.learnt,
+        "longest": learn.longest,
+        "eval": None if test is None else {**test.counts(), "in_training": in_both(learn, test)},
+        "remarks": remarks(learn, test, stops(recipe.model, tokenizer)),
     }

@@ -90,10 +90,12 @@ class TrainPart(_Part):
     gradient_checkpointing: bool = False
     checkpoint_every: int | None = Field(None, ge=1)  # optimizer steps
     stop_after_nonfinite: int = Field(5, ge=1)
+    report_to: tuple[str, ...] = ()  # names of transformers' reporters, such as tensorboard or wandb
 
 
 class EvaluatePart(_Part):
-    task: Literal["exact_match", "loss", "none"] = "loss"
+    task: Literal["exact_match", "choice", "bleu", "rouge", "loss", "none"] = "loss"
+    choices: list[str] | None = None  # task: choice, for rows that bring none of their own
     extract: str | None = None  # a regular expression whose first group is the answer in a generation
     max_new_tokens: int = Field(64, ge=1)
     batch_size: int = Field(64, ge=1)

@@ -24,7 +24,7 @@ from trl.trainer import add_fused_lm_head
 
 from finetooth import checkpoint
 from finetooth.assemble import arranged, loaded_from
-from finetooth.evaluate import WINDOW_BATCH
+from finetooth.evaluate import WINDOW_BATCH, by_row
 from finetooth.jobs import CALIBRATION_BATCH, settings
 from finetooth.longest import Batch
 from finetooth.meter import Meter, unique_bytes
@@ -140,7 +140,7 @@ class _Tiled(torch.autograd.Function):
 
 
 def _evaluate(recipe: Recipe, model: nn.Module, batch: Batch, meter: Meter) -> dict[str, int]:
-    """The logits of a whole batch, and those in a row as float32; cross-entropy makes one more."""
+    """The logits of a whole batch, and those of one row as float32; cross-entropy makes one more of a row."""
     how = recipe.evaluate
     wanted = [(how.batch_size, batch.tokens)] if recipe.data.eval and how.task != "none" else []
     context = int(min(getattr(model.config, "max_position_embeddings", 1024), 1024))
@@ -152,11 +152,6 @@ def _evaluate(recipe: Recipe, model: nn.Module, batch: Batch, meter: Meter) -> d
             inputs = Batch(rows, tokens, True, False, "").inputs()
             labels = inputs.pop("labels")
             logits = model(**inputs).logits
-            _flat(logits, labels)
+            by_row(logits, labels)
             del logits
     return {"evaluate": meter.peak} if wanted else {}
-
-
-def _flat(logits: Tensor, labels: Tensor) -> None:
-    flat = logits[:, :-1].float().reshape(-1, logits.shape[-1])
-    nn.functional.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="sum")

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from finetooth import embedded, saved
+from finetooth import saved
 from finetooth.files import NotWritten, whole
 from finetooth.recipe import Recipe, RecipeError
 
@@ -139,82 +139,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def card(recipe: Recipe, results: dict[str, Any], paper: str) -> str:
-    """The run's README: what this is, how it was made, what came out, how to use it. It has no paths of this machine."""
-    before, after = results["before"], results["after"]
-    lines = "\n".join(
-        f"| {name.replace('_', ' ')} | {_figure(before.get(name))} | {_figure(after[name])} |" for name in after
-    )
-    base, name = results["base"], recipe.method.name
-    return f"""---
-{_front(recipe, base)}
-library_name: finetooth
-tags: [finetooth, {name}]
----
-
-# {base}, fine-tuned with {name}
-
-`delta.safetensors` holds the {results["changed"]:,} weights of {results["weights"]:,} ({results["share"]:.2%}) that
-fine-tuning changed: {results["delta_bytes"]:,} bytes. Method: {name} ({paper}).
-
-| | before | after |
-|---|---|---|
-{lines}
-
-Losses are mean token cross-entropies in nats; "general loss" is on the text that should not be forgotten. Taking the
-delta off gave the base back bit for bit: {"yes" if results["reverted"] else "NO"}.
-
-## Use
-
-```python
-{_use(recipe, base)}```
-
-The weights keep the licence of the base model and of the training data.
-
-## Recipe
-
-Of local paths only the last part is shown.
-
-```yaml
-{recipe.public().to_yaml()}```
-"""
-
-
-def _is_local(recipe: Recipe) -> bool:
-    return Path(recipe.model).is_dir()
-
-
-def _is_embedded(recipe: Recipe) -> bool:
-    return recipe.public().model.startswith(embedded.PREFIX)
-
-
-def _front(recipe: Recipe, base: str) -> str:
-    """`base_model` is a hub id and nothing else; a folder's name would be a link to nowhere."""
-    if not _is_local(recipe):
-        return f"base_model: {base}"
-    if _is_embedded(recipe):
-        return f"# no base_model: {base} is a part of the package finetooth"
-    return f"# base_model: the hub id of {json.dumps(base, ensure_ascii=False)}, a local folder, if it has one"
-
-
-def _use(recipe: Recipe, base: str) -> str:
-    """Python that loads the base, wherever it is, and applies the delta."""
-    first, where = "import finetooth, torch", f"base = {base!r}"
-    if _is_embedded(recipe):
-        first, where = "import finetooth, finetooth.embedded, torch", f"base = finetooth.embedded.path({base!r})"
-    elif _is_local(recipe):
-        where = f"base = {'path/to/' + base!r}  # the base was a local folder of this name: put its path, or its hub id"
-    dtype = "float32" if recipe.train.precision == "fp32" else "bfloat16"
-    return f"""{first}
-from transformers import AutoModelForCausalLM
-
-{where}
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})
-inverse = finetooth.Delta.load("delta.safetensors").apply(model)  # refuses a base with other weights
-"""

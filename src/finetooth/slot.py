@@ -262,6 +262,13 @@ class Slot:
         else:
             self.selection, self.replaced = selection, Replaced(selection.unit, shape, selection.index, values)
 
+    def before(self, p: Tensor) -> tuple[Selection, Tensor] | None:
+        """What is held of the base: where, and the values there `[k, unit_numel]`."""
+        if self.held is not None and (chosen := self.seen(tuple(p.shape))) is not None:
+            return chosen, self.held[:, None]
+        held = self.replaced
+        return None if held is None else (Selection(held.index, held.unit, held.shape), held.values)
+
     def original(self, p: Tensor) -> Tensor:
         """The base tensor, rebuilt from what was replaced; p itself where nothing was."""
         if self.held is not None and (chosen := self.seen(tuple(p.shape))) is not None:

@@ -19,12 +19,13 @@ import torch
 from datasets import Dataset
 from trl import SFTConfig
 
-from finetooth import run
+from finetooth import reporting, run
+from finetooth.card import card
 from finetooth.delta import Delta
 from finetooth.files import room
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.jobs import Job, check, load, optimizer
-from finetooth.measure import measure, notes, quantized, remarks, reverts, sample, summary
+from finetooth.measure import forgetting, measure, notes, quantized, remarks, reverts, sample, summary
 from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import Recipe
@@ -71,8 +72,10 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
     results = {
         "method": recipe.method.name,
         "base": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
+        "revision": delta.base.revision,
         "before": before,
         "after": after,
+        "forgetting": forgetting(before, after),
         **summary(job, delta, folder),
         "reverted": reverts(job, delta),
         "sample": sample(job, said_before, said_after),
@@ -83,7 +86,8 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
         "run": folder.name,
     }
     run.write_json(folder / "results.json", results)
-    run.write_text(folder / "README.md", run.card(recipe, results, METHODS[recipe.method.name].paper))
+    said = card(recipe, results, METHODS[recipe.method.name].paper, run.environment())
+    run.write_text(folder / "README.md", said)
     if recipe.merged:
         with room(folder / "merged"):
             job.model.save_pretrained(folder / "merged")  # type: ignore[operator]
@@ -117,7 +121,8 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         logging_steps=10,
         logging_first_step=True,
         seed=how.seed,
-        report_to="none",
+        report_to=list(how.report_to) or "none",
+        run_name=job.folder.name,
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -131,4 +136,5 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
     )
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
+    reporting.arrange(trainer, job.folder)
     return trainer

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from finetooth import embedded
 from finetooth.cli.main import app
 from finetooth.data import IGNORE, DataError, documents, prepare, rows
+from finetooth.preflight import about, in_both, remarks, stops
 from finetooth.recipe import DataPart, Recipe, RecipeError, load, parse
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -88,7 +89,9 @@ def test_evaluation_asks_with_the_generation_prompt(tmp_path: Path, tokenizer: A
         example = found.examples[0]
         assert tokenizer.decode(example.asked).endswith("<think>\n" if differs else "<assistant>")
         assert (example.asked != example.ids[: example.prompt]) is differs
-        assert sum("generation prompt" in remark for remark in found.remarks(tokenizer.eos_token_id)) == differs
+        assert (
+            sum("generation prompt" in remark for remark in remarks(found, None, {tokenizer.eos_token_id})) == differs
+        )
 
 
 def test_what_a_template_refuses_is_a_data_error(tmp_path: Path, tokenizer: Any) -> None:
@@ -128,9 +131,9 @@ def test_what_is_cut_is_counted(tmp_path: Path, tokenizer: Any) -> None:
     ]
     found = prepare(write(tmp_path, *rows), part(), tokenizer, 20)
     assert (found.rows, found.truncated, found.without_target, len(found.examples)) == (3, 2, 1, 2)
-    assert len(found.remarks(tokenizer.eos_token_id)) == 2
-    assert "will not stop" in found.remarks(-7)[-1]
-    said = found.remarks(-7, "evaluation")
+    assert found.longest > 50 and len(remarks(found, None, {tokenizer.eos_token_id})) == 2
+    assert "will not stop" in remarks(found, None, {-7})[-1] and "will not stop" in remarks(found, None, set())[-1]
+    said = about(found, "evaluation")
     assert "2 of 3 evaluation rows" in said[0] and "misses" in said[1] and len(said) == 2
     assert found.prompts == 3 and found.counts()["without_target"] == 1
 
@@ -192,3 +195,99 @@ def test_preview(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert found["rows"][0]["ends_with_eos"] and found["rows"][0]["context"].endswith("\n") and found["of"]["rows"] == 5
     assert "bear loss" in CliRunner().invoke(app, ["data", "preview", str(file)]).stdout
+
+
+TURNS = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+SYSTEM = {"role": "system", "content": "be kind"}
+ASK, FULL = (
+    "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}",
+)
+USERS = "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "said"),
+    [
+        (FULL + ASK, {"messages": [SYSTEM, *TURNS]}, None),
+        (FULL, {"messages": TURNS}, "no generation prompt"),
+        (USERS + ASK, {"messages": [SYSTEM, *TURNS]}, "leaves out or rewrites what a message says: 2 of 2"),
+        (FULL + ASK, {"messages": [*TURNS[:1], {**TURNS[1], "thinking": "hm"}]}, "leaves out or rewrites"),
+        (FULL + ASK, {"messages": TURNS, "tools": [{"name": "search"}]}, "tools are not read"),
+        (FULL + ASK, {"messages": [TURNS[0], {**TURNS[1], "content": " "}]}, "the answer is empty"),
+    ],
+)
+def test_what_a_chat_template_does_with_a_row(
+    template: str, row: Any, said: str | None, tmp_path: Path, tokenizer: Any
+) -> None:
+    tokenizer.chat_template = template
+    try:
+        found = prepare(write(tmp_path, row, row), part(), tokenizer, 200)
+    finally:
+        tokenizer.chat_template = None
+    told = about(found, "training")
+    assert (said is None and not told) or (said is not None and len(told) == 1 and said in told[0]), told
+
+
+def test_what_a_template_does_with_a_prompt(tmp_path: Path, tokenizer: Any) -> None:
+    file = write(
+        tmp_path,
+        {"prompt": "Hello", "tone": "kind", "completion": "there"},
+        {"prompt": "Hello", "completion": "", "tone": "a"},
+    )
+    assert about(prepare(file, part(template="({tone})"), tokenizer, 100), "training") == [
+        "data.template leaves out the prompt: 2 of 2 training rows.",
+        "the answer is empty, so that only its end is learnt: 1 of 2 training rows.",
+    ]
+    assert len(about(prepare(file, part(template="{prompt} ({tone})"), tokenizer, 100), "training")) == 1
+
+
+def test_rows_in_both_files_are_counted(tmp_path: Path, tokenizer: Any) -> None:
+    learn = prepare(write(tmp_path, {"prompt": "a", "completion": "b"}, {"text": "same"}), part(), tokenizer, 100)
+    rows = [{"prompt": "a", "completion": "other"}, {"prompt": "c", "completion": "b"}, {"text": "same"}]
+    test = prepare(write(tmp_path, *rows, name="eval.jsonl"), part(), tokenizer, 100)
+    assert in_both(learn, test) == 2 and in_both(learn, learn) == 2
+    assert remarks(learn, test, {tokenizer.eos_token_id}) == [
+        "asked in the training rows as well, word for word: 2 of 3 evaluation rows."
+    ]
+
+
+def test_where_generation_stops(tmp_path: Path, tokenizer: Any) -> None:
+    """The model's generation config decides, then its config, then the tokenizer."""
+    import shutil
+
+    folder = shutil.copytree(embedded.path("stories260K"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    assert stops(str(folder), tokenizer) == {5, 6}
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 7}))
+    assert stops(str(folder), tokenizer) == {7}
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    assert stops(str(folder), tokenizer) == {tokenizer.eos_token_id}
+
+
+def test_preview_says_what_training_says(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "a " * 60, "completion": "b"}]
+    write(tmp_path, *rows)
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "model: embedded:stories260K\ndata: {train: rows.jsonl, eval: rows.jsonl}\noutput: unused\ntrain: {max_length: 48}\n"
+    )
+    found = json.loads(CliRunner().invoke(app, ["data", "preview", str(file), "--json"]).stdout)
+    assert found["eval"] == {"rows": 2, "truncated": 1, "without_target": 1, "tokens_learnt": 2, "in_training": 2}
+    assert len(found["remarks"]) == 5 and found["longest"] > 48
+    shown = CliRunner().invoke(app, ["data", "preview", str(file)]).stdout.replace("\n", " ")
+    assert "2 evaluation rows; 1 cut" in shown and shown.count("note: ") == 5
+    told = CliRunner().invoke(app, ["train", str(file), f"output={tmp_path / 'run'}", "train.max_steps=1"]).stderr
+    assert all(f"note: {remark}" in told for remark in found["remarks"])
+
+
+def test_preview_refuses_what_training_refuses(tmp_path: Path) -> None:
+    write(tmp_path, {"prompt": "a", "completion": "b"})
+    file = tmp_path / "r.yaml"
+    file.write_text(
+        "model: embedded:stories260K\ndata: {train: rows.jsonl, eval: rows.jsonl}\noutput: unused\nevaluate: {task: choice}\n"
+    )
+    result = CliRunner().invoke(app, ["data", "preview", str(file)])
+    assert result.exit_code == 2 and "rows.jsonl, line 1: no choices" in result.stderr

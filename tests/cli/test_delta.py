@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from typer.testing import CliRunner, Result
 
 from finetooth.base import open_base
@@ -97,6 +105,36 @@ def test_the_folder_is_a_model(folders: tuple[Path, Path], tmp_path: Path) -> No
     delta.apply(pretrained)
     assert same(dict(pretrained.state_dict()), dict(model.state_dict()))
     assert list(tmp_path.glob(".*")) == []  # no temporary folder stays
+
+
+def test_export_as_a_checkpoint(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    ok("extract", base, tuned, "-o", tmp_path / "run" / "delta.safetensors")
+    found = ok("export", tmp_path / "run", "--base", base, "--to", tmp_path / "out")
+    assert found["form"] == "checkpoint" and len([*base.glob("*.safetensors")]) == len(
+        [*(tmp_path / "out").glob("*.safetensors")]
+    )
+    loaded, model = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "out", tuned))
+    assert same(dict(loaded.state_dict()), dict(model.state_dict()))
+    refused = run("export", tmp_path / "run", "--base", base, "--to", tmp_path / "x", "--as", "shira")
+    assert refused.exit_code == 2 and "--as checkpoint" in refused.stderr and not (tmp_path / "x").exists()
+
+
+def test_export_as_an_adapter_and_back(tmp_path: Path) -> None:
+    model = llama(tied=False)
+    model.save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.mul_(torch.where(torch.rand(24, 16) < 0.1, 1.25, 1.0))
+    model.save_pretrained(tmp_path / "tuned")
+    ok("extract", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "d")
+    found = ok("export", tmp_path / "d", "--base", tmp_path / "base", "--to", tmp_path / "adapter", "--as", "shira")
+    assert (found["inexact"], found["modules"], found["changed"] + found["padding"]) == (0, 1, 40 * found["r"])
+    back = ok("extract", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "back")
+    assert back["changed"] == found["changed"] and back["method"] == "shira"
+    assert ok("verify", tmp_path / "tuned", tmp_path / "back")["state"] == "applied"
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused = run("extract", tmp_path / "base", tmp_path / "adapter", "-o", tmp_path / "x")
+    assert refused.exit_code == 2 and "merge it first" in refused.stderr and refused.stderr.count("\n") == 1
 
 
 def test_bad_input_is_one_line_and_exit_code_2(folders: tuple[Path, Path], tmp_path: Path) -> None:

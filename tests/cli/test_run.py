@@ -12,12 +12,14 @@ import pytest
 import yaml
 
 from finetooth import run
+from finetooth.card import card as make_card
 from finetooth.cli.main import app
 from finetooth.delta import Delta
 from finetooth.hf import SelectiveCallback
 from finetooth.recipe import Recipe, parse
 from tests.cli.test_train import call, recipe, runner
 
+MINE: dict[str, Any] = {"model": "m", "data": {"train": "t"}, "output": "o"}
 RESULTS: dict[str, Any] = {
     "base": "base",
     "before": {"task_loss": 2.0},
@@ -32,7 +34,7 @@ RESULTS: dict[str, Any] = {
 
 def carded(model: str, base: str) -> str:
     made: Recipe = parse({"model": model, "data": {"train": "/home/somebody/rows.jsonl"}, "output": "/home/somebody/o"})
-    return run.card(made, {**RESULTS, "base": base}, "a paper")
+    return make_card(made, {**RESULTS, "base": base, "revision": "abc"}, "a paper", run.environment())
 
 
 def python(card: str) -> str:
@@ -50,6 +52,16 @@ def test_a_card_says_where_the_base_is(tmp_path: Path) -> None:
         assert wanted in python(card) and "/home/" not in card and str(tmp_path) not in card
         front = yaml.safe_load(card.split("---")[1])
         assert front.get("base_model") == ("org/name" if model == "org/name" else None)
+        assert front.get("base_model_relation") == ("adapter" if model == "org/name" else None)
+        assert front["library_name"] == "finetooth" and front["tags"] == ["finetooth", "gmt"]
+        assert "at revision `abc`" in card and f"| torch | {run.environment()['torch']} |" in card
+
+
+def test_a_card_repeats_the_recipe_and_the_results() -> None:
+    card = carded("org/name", "org/name")
+    told = parse(yaml.safe_load(card.split("```yaml\n")[1].split("```")[0]))
+    assert told.data.train == "rows.jsonl" and told.model_dump()["optimizer"] == parse(MINE).model_dump()["optimizer"]
+    assert "| task loss | 2.0000 | 1.0000 |" in card and "bit for bit: yes" in card and "a paper" in card
 
 
 def test_the_card_of_an_embedded_base_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

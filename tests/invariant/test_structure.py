@@ -24,11 +24,12 @@ LEVELS = (
     {"units", "kernels", "shards", "quantize", "files"},
     {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
-    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "slot", "linear"}
-    | {"codec", "diff", "delta", "meter"},
+    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
+    | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
     {"methods", "spelled", "assemble"},
-    {"recipe", "embedded", "data"},
-    {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf"},
+    {"recipe", "embedded", "data", "answers"},
+    {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
+    | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

@@ -22,8 +22,8 @@ SNAPSHOT = Path(__file__).with_name("cli.txt")
 UPDATE = "FINETOOTH_UPDATE_SNAPSHOTS"
 NAMES = {
     "METHODS", "Method", "build", "SelectiveAdamW", "Rule", "Selection", "Unit", "Weight", "select",
-    "Delta", "DeltaError", "WrongBase", "FrozenMoved", "NonFiniteError", "NotWritten", "__version__",
-    "last_good", "saving", "seal",
+    "Delta", "DeltaError", "WrongBase", "FrozenMoved", "NonFiniteError", "NotWritten", "Reference", "SelectiveCallback",
+    "last_good", "saving", "seal", "__version__",
 }  # fmt: skip
 BUILD = [
     "method", "model", "lr", "keep", "weight_decay", "max_grad_norm", "seed", "targets", "gradients", "rounding",

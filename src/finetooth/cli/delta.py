@@ -8,13 +8,15 @@ Exit codes: 0 done, 1 the weights are not what the delta says (verify), 2 bad in
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from finetooth.cli import show
 
 if TYPE_CHECKING:
     from finetooth.delta import Delta
@@ -28,36 +30,46 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The new folder to write; it must not exist.")]
-DeltaFile = Annotated[Path, typer.Argument(metavar="DELTA", help="A delta file (delta.safetensors).")]
+DeltaFile = Annotated[
+    str, typer.Argument(metavar="DELTA", help="A delta file, a run folder, or org/name[@revision] on the hub.")
+]
+
+
+class Form(StrEnum):
+    """What a delta can be exported as."""
+
+    checkpoint = "checkpoint"
+    shira = "shira"
 
 
 @app.command()
 def info(delta: DeltaFile, as_json: Json = False) -> None:
     """Say what a delta file holds and what base it belongs to."""
     with _clean_errors():
-        _show(_load(delta).info(), as_json, delta.name)
+        show.facts(_load(delta).info(), as_json, delta)
 
 
 @app.command()
 def extract(
     base: Annotated[str, typer.Argument(help="The pretrained checkpoint: a folder, a safetensors file or a hub id.")],
-    tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint, with the same tensors.")],
+    tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint, with the same tensors, or a SHiRA adapter.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")],
     method: Annotated[str | None, typer.Option(help="The method to note in the file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write what leads from BASE to TUNED, comparing the two tensor by tensor."""
+    """Write what leads from BASE to TUNED, comparing the two tensor by tensor.
+
+    TUNED may also be the folder of a PEFT SHiRA adapter; then the delta is what merging it into BASE gives.
+    """
     with _clean_errors():
         if out.is_dir() or (out.exists() and not force):
             raise FileExistsError(f"{out} exists: give another name, or --force to write over a file.")
-        from finetooth.delta import Delta
-
-        delta = Delta.extract(tuned, base, method=method, keep_base=False)
+        delta = _extracted(base, tuned, method)
         if not delta.changes:
             raise ValueError(f"{tuned} and {base} are equal bit for bit: there is nothing to extract.")
         delta.save(out)
-        _show({"file": str(out), **delta.info()}, as_json, out.name)
+        show.facts({"file": str(out), **delta.info()}, as_json, out.name)
 
 
 @app.command()
@@ -78,13 +90,13 @@ def apply(
         back = apply_folder(base, out, change)
         if inverse is not None:
             back.save(inverse)
-        _show({"folder": str(out), "state": "applied", **_counts(change)}, as_json, "applied")
+        show.facts({"folder": str(out), "state": "applied", **_counts(change)}, as_json, "applied")
 
 
 @app.command()
 def revert(
     tuned: Annotated[str, typer.Argument(help="The fine-tuned checkpoint folder.")],
-    delta: Annotated[Path, typer.Argument(metavar="DELTA", help="The delta (with --base), or its inverse.")],
+    delta: Annotated[str, typer.Argument(metavar="DELTA", help="The delta (with --base), or its inverse.")],
     out: Out,
     base: Annotated[str | None, typer.Option(help="Where the pretrained values are read from.")] = None,
     as_json: Json = False,
@@ -107,7 +119,7 @@ def revert(
                 f"{change.base}), or the inverse delta that `finetooth delta apply --inverse` writes."
             )
         apply_folder(tuned, out, change)
-        _show({"folder": str(out), "state": "base", **_counts(change)}, as_json, "reverted")
+        show.facts({"folder": str(out), "state": "base", **_counts(change)}, as_json, "reverted")
 
 
 @app.command()
@@ -133,15 +145,57 @@ def verify(
         except WrongBase as e:
             state, reason = "neither", str(e)
         failed = state == "neither" or (expect is not None and state != expect)
-        _show({"state": state, "ok": not failed, "reason": reason, **_counts(change)}, as_json, "verify")
+        show.facts({"state": state, "ok": not failed, "reason": reason, **_counts(change)}, as_json, "verify")
     if failed:
         raise typer.Exit(1)
 
 
-def _load(path: Path) -> Delta:
+@app.command()
+def export(
+    delta: DeltaFile,
+    base: Annotated[str, typer.Option("--base", help="The checkpoint that DELTA was made for: a folder or a hub id.")],
+    to: Annotated[Path, typer.Option("--to", "--out", "-o", help="The new folder to write; it must not exist.")],
+    form: Annotated[Form, typer.Option("--as", help="A whole checkpoint, or a PEFT adapter.")] = Form.checkpoint,
+    as_json: Json = False,
+) -> None:
+    """Write BASE with DELTA as a checkpoint that from_pretrained loads, or DELTA as a PEFT SHiRA adapter.
+
+    A SHiRA adapter holds differences for linear layers: other tensors cannot be in it, and in float32 some weights may
+    come out a rounding away. The command says how many.
+    """
+    with _clean_errors():
+        change = _load(delta)
+        if form is Form.checkpoint:
+            from finetooth.delta import apply_folder
+
+            apply_folder(base, to, change)
+            found = {"inexact": 0}
+        else:
+            show.quiet()
+            from finetooth import shira
+
+            found = shira.write(change, base, to)
+        show.facts({"folder": str(to), "form": str(form), **_counts(change), **found}, as_json, "exported")
+
+
+def _extracted(base: str, tuned: str, method: str | None) -> Delta:
+    from dataclasses import replace
+
+    from finetooth import shira
+    from finetooth.checkpoint import resolve
     from finetooth.delta import Delta
 
-    return Delta.load(path)
+    folder = resolve(tuned)
+    if shira.is_adapter(folder):
+        found = shira.read(folder, base)
+        return replace(found, method=method) if method else found
+    return Delta.extract(folder, base, method=method, keep_base=False)
+
+
+def _load(source: str) -> Delta:
+    from finetooth.delta import Delta
+
+    return Delta.load(source)
 
 
 def _counts(delta: Delta) -> dict[str, Any]:
@@ -157,29 +211,3 @@ def _clean_errors() -> Iterator[None]:
     except (ValueError, OSError) as e:  # DeltaError is a ValueError, FileNotFoundError an OSError
         typer.echo(f"error: {e}", err=True)
         raise typer.Exit(2) from e
-
-
-def _show(facts: dict[str, Any], as_json: bool, title: str) -> None:
-    if as_json:
-        typer.echo(json.dumps(facts))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for key, value in facts.items():
-        if value is not None:
-            table.add_row(key.replace("_", " "), _text(key, value))
-    Console().print(table)
-
-
-def _text(key: str, value: Any) -> str:
-    if key == "share":
-        return f"{value:.4%}"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {v}" for k, v in value.items()) or "none"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if isinstance(value, float) else str(value)

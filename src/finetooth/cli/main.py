@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from finetooth.cli import delta, demo, methods, plan, train
+from finetooth.cli import delta, demo, methods, plan, push, train
+from finetooth.cli import eval as evaluation
 
 app = typer.Typer(
     name="finetooth",
@@ -17,7 +18,9 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(plan.plan)
 app.command()(train.train)
+app.command(name="eval")(evaluation.evaluate)
 app.command()(methods.methods)
+app.command()(push.push)
 app.add_typer(delta.app)
 app.add_typer(train.data)
 

@@ -22,8 +22,12 @@ from rich.text import Text
 FAILED, BAD_INPUT = 1, 2
 _TITLES = {
     "task_loss": "task loss",
-    "exact_match": "exact match",
-    "general_loss": "loss on the general text (forgetting)",
+    "choice_accuracy_per_character": "choice accuracy, per character",
+    "bleu": "BLEU",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "general_loss": "loss on the general text",
 }
 
 
@@ -77,15 +81,7 @@ def results(found: dict[str, Any], as_json: bool) -> None:
         _json(found)
         return
     console = Console(file=sys.stdout)
-    table = Table(
-        title=f"{found['base']} fine-tuned with {found['method']}, {found['seconds']:.0f} s", title_justify="left"
-    )
-    table.add_column("")
-    for name in ("before", "after"):
-        table.add_column(name, justify="right")
-    for name, value in found["after"].items():
-        table.add_row(_TITLES.get(name, name.replace("_", " ")), figure(found["before"].get(name)), figure(value))
-    console.print(table)
+    console.print(_numbers(found, f"{found['base']} fine-tuned with {found['method']}, {found['seconds']:.0f} s"))
     facts = Table(show_header=False, box=None)
     facts.add_row("weights changed", f"{found['changed']:,} of {found['weights']:,} ({found['share']:.1%})")
     facts.add_row("delta on disk", f"{found['delta_bytes']:,} bytes")
@@ -98,6 +94,32 @@ def results(found: dict[str, Any], as_json: bool) -> None:
     console.print(facts)
     if found["skipped_steps"]:
         note(f"{found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
+
+
+def appraisal(found: dict[str, Any], as_json: bool) -> None:
+    """What `finetooth eval` measured, as a table or as JSON on stdout."""
+    if as_json:
+        _json(found)
+        return
+    console = Console(file=sys.stdout)
+    console.print(_numbers(found, found["base"] + (f" and {found['run']}" if found["run"] else "")))
+    if found["run"]:
+        console.print(Text(f"written to {_folder(found['run'])}/eval.json"))
+
+
+def _numbers(found: dict[str, Any], title: str) -> Table:
+    """What was measured of the base and, where there is one, of the tuned model."""
+    before, after = found["before"], found["after"]
+    table = Table(title=Text(title), title_justify="left")
+    table.add_column("")
+    for name in ("base",) if after is None else ("before", "after"):
+        table.add_column(name, justify="right")
+    for name in before if after is None else after:
+        values = (before.get(name),) if after is None else (before.get(name), after[name])
+        table.add_row(Text(_TITLES.get(name, name.replace("_", " "))), *map(figure, values))
+    if found["forgetting"] is not None:
+        table.add_row("forgetting (after − before)", "", f"{found['forgetting']:+.3f}")
+    return table
 
 
 def _json(found: Any) -> None:
@@ -135,8 +157,41 @@ def preview(found: dict[str, Any], as_json: bool) -> None:
         console.print(table)
         if not row["ends_with_eos"]:
             console.print("this row does not end with the end-of-sequence token: its end is not learnt")
-    of = found["of"]
+    of, test = found["of"], found["eval"]
     console.print(
         f"{of['rows']} rows; {of['truncated']} cut, {of['without_target']} left with nothing to learn; "
         f"{found['tokens_learnt']} tokens bear loss; the longest row has {found['longest']} tokens."
     )
+    if test is not None:
+        console.print(
+            f"{test['rows']} evaluation rows; {test['truncated']} cut, {test['without_target']} left with nothing to expect; "
+            f"{test['in_training']} also asked in training."
+        )
+    for remark in found["remarks"]:
+        console.print(Text(f"note: {remark}"))
+
+
+def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
+    """Names and values, as a table or as JSON on stdout."""
+    if as_json:
+        _json(found)
+        return
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in found.items():
+        if value is not None:
+            table.add_row(key.replace("_", " "), Text(_fact(key, value)))
+    Console(file=sys.stdout).print(table)
+
+
+def _fact(key: str, value: Any) -> str:
+    if key == "share":
+        return f"{value:.4%}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k}: {v}" for k, v in value.items()) or "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
