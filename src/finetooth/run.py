@@ -20,6 +20,7 @@ from finetooth import embedded
 from finetooth.recipe import Recipe, RecipeError
 
 LIBRARIES = ("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
+LIBRARIES += ("lm_eval", "sacrebleu", "rouge-score")  # what measures
 
 
 def check(recipe: Recipe, resume: bool) -> None:
