@@ -19,8 +19,10 @@ from typing import Any
 from finetooth import embedded
 from finetooth.recipe import Recipe, RecipeError
 
-LIBRARIES = ("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
-LIBRARIES += ("lm_eval", "sacrebleu", "rouge-score")  # what measures
+LIBRARIES = (
+    *("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors"),
+    *("lm_eval", "sacrebleu", "rouge-score"),  # what measures
+)
 
 
 def check(recipe: Recipe, resume: bool) -> None:
