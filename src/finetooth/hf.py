@@ -69,6 +69,8 @@ class SelectiveCallback(TrainerCallback):
         """Check again what may have changed, and take over clipping."""
         self._check(args, **kwargs)
         _check_checkpoints(args, state, self._opt, self._seal)
+        if self._seal and args.should_save and args.save_strategy != "no":
+            saved.promise(Path(args.output_dir))
         if args.max_grad_norm:
             own = f"to {self._opt.max_grad_norm}" if self._opt.max_grad_norm else "nothing, as it was built to"
             _log.warning("the optimizer clips %s; max_grad_norm of %s is set to 0.", own, type(args).__name__)

@@ -102,6 +102,18 @@ def seal(folder: str | Path) -> Path:
     return folder / MANIFEST
 
 
+def promise(folder: Path) -> None:
+    """Note in a folder of checkpoints that all of them are sealed when they are complete: one that is not, was being written.
+
+    Without the note a finished checkpoint that nobody sealed looks like one that was killed in the last moment. Nothing is
+    noted where there is such a checkpoint already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if all((path / MANIFEST).is_file() for path in _checkpoints(folder)):
+        with whole(folder / MANIFEST) as temp:
+            temp.write_text(json.dumps({"format": FORMAT, "version": VERSION, "sealed": True}) + "\n", encoding="utf-8")
+
+
 def fault(folder: str | Path) -> str | None:
     """What is wrong with a checkpoint, every file hashed; None if it is as it was when it was sealed."""
     folder = Path(folder)
@@ -165,8 +177,10 @@ def _tell(message: str, say: Callable[[str], None] | None) -> None:
 
 
 def _half_written(folder: Path) -> bool:
-    """Nothing is lost with it: neither sealed, nor finished by the library that wrote it."""
-    return not any((folder / name).exists() for name in (MANIFEST, *_WRITTEN_LAST))
+    """Nothing is lost with it: not sealed where all are, or not even finished by the library that wrote it."""
+    if (folder / MANIFEST).exists():
+        return False
+    return (folder.parent / MANIFEST).exists() or not any((folder / name).exists() for name in _WRITTEN_LAST)
 
 
 def _number(path: Path) -> int | None:

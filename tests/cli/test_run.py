@@ -111,7 +111,7 @@ def test_a_line_that_a_kill_cut_off_is_dropped(tmp_path: Path) -> None:
     file.write_text('{"step": 1}\n{"step": 2}\n{"step": 2, "train_runtime": 9}\n{"step": 3}\n{"step": 2, "lo')
     args, opt = SimpleNamespace(save_total_limit=2), SimpleNamespace(steps=2, skipped=0)
     state = SimpleNamespace(global_step=2, is_world_process_zero=True)
-    SelectiveCallback(opt, file).on_train_begin(args, state, None)  # type: ignore[arg-type]
+    SelectiveCallback(opt, file, seal=False).on_train_begin(args, state, None)  # type: ignore[arg-type]
     assert file.read_text() == '{"step": 1}\n{"step": 2}\n', "nor the summary, which the resumed run writes again"
 
 

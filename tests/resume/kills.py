@@ -16,7 +16,6 @@ import json
 import os
 import random
 import select
-import shutil
 import signal
 import sys
 import tempfile
@@ -135,18 +134,6 @@ def attempt(entry: str, row: str, out: Path, moment: str = "", at: int = 0, afte
     return os.WIFSIGNALED(status)
 
 
-def attempted(entry: str, row: str, out: Path, *kill: Any) -> tuple[bool, int]:
-    """One process, and how many folders had to be removed for it to start: a first checkpoint that was written and not sealed."""
-    try:
-        return attempt(entry, row, out, *kill), 0
-    except RuntimeError as error:
-        lost = list(out.glob("checkpoint-*"))
-        if "no checkpoint in" not in str(error) or len(lost) != 1:
-            raise
-        shutil.rmtree(lost[0])  # as the error says: that is for a person to decide
-        return attempt(entry, row, out, *kill), 1
-
-
 def different(one: Any, two: Any) -> int:
     """How many values of two ends are not the same, bit for bit."""
     if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
@@ -174,21 +161,19 @@ def trial(entry: str, row: str, kills: int, draw: random.Random, folder: Path) -
     attempt(entry, row, alone)
     seconds = time.monotonic() - started
     straight = end(alone)
-    landed, torn, removed = Counter[str](), 0, 0
+    landed, torn = Counter[str](), 0
     for i in range(kills):
         moment = MOMENTS[i % len(MOMENTS)]
         share = straight["seen"].get(moment, 0) // kills  # so that there is something left for the next
         kill = (moment, draw.randint(1, max(1, share)), draw.uniform(0.2, 0.9) * seconds)
-        died, more = attempted(entry, row, killed, *kill)
-        removed += more
-        if not died:
+        if not attempt(entry, row, killed, *kill):
             break  # it got to its end
         landed[moment] += 1
         torn += any(killed.rglob(".unfinished/*")) or _unsealed(killed)
     if not (killed / "end.pt").is_file():
-        removed += attempted(entry, row, killed)[1]
+        attempt(entry, row, killed)
     parts = {part: different(straight[part], end(killed)[part]) for part in ("weights", "state", "metrics")}
-    counts = {"kills": landed.total(), "half": torn, "removed": removed}
+    counts = {"kills": landed.total(), "half": torn}
     return {"entry": entry, "row": row, **counts, "landed": dict(landed), "different": parts}
 
 
@@ -251,8 +236,7 @@ def main() -> int:
 def _line(f: dict[str, Any]) -> str:
     where = ", ".join(f"{n} {moment}" for moment, n in f["landed"].items())
     wrong = ", ".join(f"{part} {n}" for part, n in f["different"].items())
-    removed = ", an unsealed first one removed by hand" if f["removed"] else ""
-    return f"{f['entry']:22} {f['row']:12} {f['kills']} kills ({where}), {f['half']} half-written{removed}; differing: {wrong}"
+    return f"{f['entry']:22} {f['row']:12} {f['kills']} kills ({where}), {f['half']} half-written; differing: {wrong}"
 
 
 if __name__ == "__main__":

@@ -84,6 +84,8 @@ def test_a_finished_checkpoint_that_nobody_sealed_is_not_thrown_away(tmp_path: P
         (tmp_path / "checkpoint-5" / name).write_text(name)
     with pytest.raises(ValueError, match=r"finetooth\.seal"):
         last_good(tmp_path, lambda _: None)
+    saved.promise(tmp_path)
+    assert not (tmp_path / MANIFEST).exists(), "that all are sealed is not so"
     seal(tmp_path / "checkpoint-5")
     assert last_good(tmp_path) == tmp_path / "checkpoint-5"
 

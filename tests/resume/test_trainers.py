@@ -34,7 +34,7 @@ def test_sealed_damaged_and_resumed_from_the_one_before(tmp_path: Path) -> None:
     broken, _ = trainer(tmp_path / "out")
     broken.train()
     sealed = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert sealed == ["checkpoint-6", "checkpoint-8"] and fault(tmp_path / "out" / "checkpoint-8") is None
+    assert sealed == ["checkpoint-6", "checkpoint-8", MANIFEST] and fault(tmp_path / "out" / "checkpoint-8") is None
     weights = tmp_path / "out" / "checkpoint-8" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8] + bytes(8))
     said: list[str] = []
@@ -45,6 +45,13 @@ def test_sealed_damaged_and_resumed_from_the_one_before(tmp_path: Path) -> None:
     pairs = zip(straight.model.parameters(), resumed.model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert fault(tmp_path / "out" / "checkpoint-8") is None, "written and sealed again"
+
+
+def test_killed_between_writing_the_first_checkpoint_and_sealing_it(tmp_path: Path) -> None:
+    trainer(tmp_path, max_steps=2)[0].train()
+    (tmp_path / "checkpoint-2" / MANIFEST).unlink()
+    with pytest.warns(UserWarning, match=r"checkpoint-2 is not used: it has no finetooth\.json"):
+        assert finetooth.last_good(tmp_path) is None, "it starts at the beginning, and nobody is asked"
 
 
 def test_a_checkpoint_without_the_optimizer_is_not_resumed(tmp_path: Path) -> None:
