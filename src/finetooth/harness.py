@@ -1,12 +1,13 @@
 """Tasks of lm-evaluation-harness on a model that is in memory: base plus delta, and no merged copy on disk.
 
-The harness's own class `HFLM` takes the loaded model and tokenizer, and `simple_evaluate` does the rest, so that a number means
-what it means elsewhere: prompts, few-shot examples, metrics and normalisation are the task's. Its names are looked up, and the
+The harness's own class `HFLM` takes the loaded model and tokenizer, and its `evaluate` does the rest, so that a number means what
+it means elsewhere: prompts, few-shot examples, metrics and normalisation are the task's. Its names are looked up, and the
 data of its tasks is read, before a weight is: that is where a task fails that is misspelt, or that has no network to come from.
 
-The harness is the extra `eval`. It is told to seed no global generator, which it does unless it is told.
+Not taken: `simple_evaluate`, which seeds every global generator unless told not to, asks git for a commit and pip for all versions,
+and loads the tasks again for every model. What it does to a task before, `suite` does here.
 
-Not covered: chat templates around the harness's prompts, and several devices.
+The harness is the extra `eval`. Not covered: chat templates around the harness's prompts, and several devices.
 """
 
 from __future__ import annotations
@@ -20,25 +21,23 @@ from typing import Any
 
 from torch import nn
 
-SEEDS = {"random_seed": None, "numpy_random_seed": None, "torch_random_seed": None}
+FEWSHOT_SEED = 1234  # the harness's own: the same examples as everybody's
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks that exist, and the harness's index that has them."""
+    """Tasks that exist, loaded, with their data."""
 
     names: tuple[str, ...]
-    index: Any
+    loaded: Any
 
     def measure(self, model: nn.Module, tokenizer: Any, batch_size: int, limit: int | None) -> dict[str, float]:
         """`{"arc_easy/acc": 0.3, "arc_easy/acc_stderr": 0.01, ...}`, on `limit` rows of each task, or all."""
-        from lm_eval import simple_evaluate
+        from lm_eval import evaluate
         from lm_eval.models.huggingface import HFLM
 
         held = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        found = simple_evaluate(
-            held, tasks=list(self.names), task_manager=self.index, limit=limit, log_samples=False, **SEEDS
-        )
+        found = evaluate(lm=held, task_dict=self.loaded, limit=limit, log_samples=False)
         return _flat(found["results"])
 
 
@@ -55,10 +54,13 @@ def suite(names: Sequence[str], include: Path | None = None) -> Suite:
     if include is not None and not include.is_dir():
         raise ValueError(f"--include {include} is no folder: give one with the harness's task files (.yaml).")
     index = TaskManager(include_path=None if include is None else str(include))
-    found = tuple(name for given in names for name in _matching(given, index, include))
-    names = tuple(dict.fromkeys(found))
-    index.load(list(names))  # what is missing is missed here, not after the model is loaded
-    return Suite(names, index)
+    found = dict.fromkeys(name for given in names for name in _matching(given, index, include))
+    loaded = index.load(list(found))
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+    return Suite(tuple(found), loaded)
 
 
 def _matching(given: str, index: Any, include: Path | None) -> list[str]:

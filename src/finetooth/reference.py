@@ -60,6 +60,7 @@ class Reference(nn.Module):
         self._off = False
         self.eval()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the weights change places under it, see `reverted.py`
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run with the pretrained weights, in evaluation mode and without gradients."""
         with self.pretrained():

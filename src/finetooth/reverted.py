@@ -48,6 +48,7 @@ def _copy(p: Tensor, where: Selection | None) -> Tensor:
     return p.data.to("cpu", copy=True) if where is None else where.gather(p.data)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled, it would be a write that autograd counts
 def _write(p: Tensor, where: Selection | None, values: Tensor) -> None:
     if where is None:
         p.data.copy_(values)

@@ -25,7 +25,10 @@ from finetooth.files import NotWritten, whole
 from finetooth.recipe import Recipe, RecipeError
 
 CHECKPOINTS = "checkpoints"
-LIBRARIES = ("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors")
+LIBRARIES = (
+    *("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors"),
+    *("lm_eval", "sacrebleu", "rouge-score"),  # what measures
+)
 
 
 def check(recipe: Recipe, resume: bool) -> None:

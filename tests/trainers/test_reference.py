@@ -79,6 +79,23 @@ def test_between_forward_and_backward(row: str) -> None:
         assert plain and all(torch.equal(a, b) for a, b in zip(plain, beside, strict=True))
 
 
+def test_under_compile(tmp_path: Path) -> None:
+    """accelerate compiles the reference too: its exchange of weights must stay out of that."""
+    model = load()
+    opt = build("grad", model)
+    more = {"ref_model": finetooth.Reference(model, opt)}
+    given = {
+        "torch_compile": True,
+        "torch_compile_backend": "aot_eager",
+        "bf16": False,
+        "gradient_checkpointing": False,
+    }
+    seen = watch(more["ref_model"])
+    trainer("dpo", model, opt, tmp_path, more, **given).train()
+    assert len(seen) == 3 and opt.steps == 3
+    opt.verify_frozen()
+
+
 def test_what_a_trainer_sees() -> None:
     model = load().train()
     opt = build("gift-sw", model)

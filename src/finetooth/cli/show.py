@@ -116,10 +116,14 @@ def _numbers(found: dict[str, Any], title: str) -> Table:
         table.add_column(name, justify="right")
     for name in before if after is None else after:
         values = (before.get(name),) if after is None else (before.get(name), after[name])
-        table.add_row(Text(_TITLES.get(name, name.replace("_", " "))), *map(figure, values))
+        table.add_row(Text(_title(name)), *map(figure, values))
     if found["forgetting"] is not None:
         table.add_row("forgetting (after − before)", "", f"{found['forgetting']:+.3f}")
     return table
+
+
+def _title(name: str) -> str:
+    return name if "/" in name else _TITLES.get(name, name.replace("_", " "))  # the harness's names are its own
 
 
 def _json(found: Any) -> None:
