@@ -40,7 +40,7 @@ class Reference(nn.Module):
     >>> import finetooth
     >>> model, x = nn.Linear(2, 1), torch.ones(1, 2)
     >>> opt, before = finetooth.build("magnitude", model, keep=1.0, targets="all"), model(x)
-    >>> with torch.no_grad(): _ = model.weight.add_(1.0)
+    >>> model(x).sum().backward(); opt.step()
     >>> torch.equal(Reference(model, opt)(x), before), torch.equal(model(x), before)
     (True, False)
     """
