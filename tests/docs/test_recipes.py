@@ -41,9 +41,9 @@ def kind(annotation: Any) -> str:
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{word}`" for word in args)
-    if origin in (Union, types.UnionType, tuple):
+    if origin in (Union, types.UnionType, tuple) and args[1:] != (...,):
         return ", ".join(kind(arg) for arg in args if arg is not type(None))
-    if origin is list:
+    if origin is list or args[1:] == (...,):
         return f"list of {kind(args[0])}s"
     return WORDS[origin or annotation]
 
