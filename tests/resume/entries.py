@@ -29,7 +29,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 import finetooth
 from finetooth import embedded
@@ -168,21 +168,60 @@ def dpo(row: str, out: Path) -> Ended:
     """An unmodified `trl.DPOTrainer`."""
     model, tokenizer = model_and_tokenizer()
     opt = optimizer(row, model, tokenizer)
-    pairs = [
-        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
-        for a, b in zip(rows(), rows()[1:] + rows()[:1], strict=True)
-    ]
     made = DPOTrainer(
         model,
         ref_model=model_and_tokenizer()[0],
         args=DPOConfig(str(out), max_length=64, **SHARED),
-        train_dataset=Dataset.from_list(pairs),
+        train_dataset=Dataset.from_list(pairs()),
         processing_class=tokenizer,
         optimizers=(opt, None),
         callbacks=[SelectiveCallback(opt)],
     )
     made.train(resume_from_checkpoint=finetooth.last_good(out))
     return Ended(model, opt.state_dict(), [])
+
+
+def kto(row: str, out: Path) -> Ended:
+    """An unmodified `trl.KTOTrainer`, whose reference is the policy with its delta taken off."""
+    model, tokenizer = model_and_tokenizer()
+    opt = optimizer(row, model, tokenizer)
+    made = KTOTrainer(
+        model,
+        finetooth.Reference(model, opt),
+        args=KTOConfig(str(out), max_length=64, **SHARED),
+        train_dataset=Dataset.from_list(pairs()),
+        processing_class=tokenizer,
+        optimizers=(opt, None),
+        callbacks=[SelectiveCallback(opt)],
+    )
+    made.train(resume_from_checkpoint=finetooth.last_good(out))
+    return Ended(model, opt.state_dict(), [])
+
+
+def orpo(row: str, out: Path) -> Ended:
+    """An unmodified `ORPOTrainer`."""
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    model, tokenizer = model_and_tokenizer()
+    opt = optimizer(row, model, tokenizer)
+    made = ORPOTrainer(
+        model,
+        args=ORPOConfig(str(out), max_length=64, **SHARED),
+        train_dataset=Dataset.from_list(pairs()),
+        processing_class=tokenizer,
+        optimizers=(opt, None),
+        callbacks=[SelectiveCallback(opt)],
+    )
+    made.train(resume_from_checkpoint=finetooth.last_good(out))
+    return Ended(model, opt.state_dict(), [])
+
+
+def pairs() -> list[dict[str, str]]:
+    """Every prompt with its completion, and with that of another."""
+    return [
+        {"prompt": a["prompt"], "chosen": a["completion"], "rejected": b["completion"]}
+        for a, b in zip(rows(), rows()[1:] + rows()[:1], strict=True)
+    ]
 
 
 def bare(row: str, out: Path) -> Ended:
@@ -260,6 +299,8 @@ ENTRIES: dict[str, Callable[[str, Path], Ended]] = {
     "transformers.Trainer": trainer,
     "trl.SFTTrainer": sft,
     "trl.DPOTrainer": dpo,
+    "trl.KTOTrainer": kto,
+    "ORPOTrainer": orpo,
     "bare PyTorch": bare,
     "accelerate": accelerate,
 }
