@@ -26,7 +26,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
-from finetooth import saved, settings, shards
+from finetooth import generated, saved, settings, shards
 from finetooth.files import room, whole
 from finetooth.optim import SelectiveAdamW
 from finetooth.reference import Reference
@@ -69,6 +69,9 @@ class SelectiveCallback(TrainerCallback):
         """Check again what may have changed, and take over clipping."""
         self._check(args, **kwargs)
         _check_checkpoints(args, state, self._opt, self._seal)
+        if self._seal:
+            generated.check(args, state, kwargs.get("train_dataloader"))
+        generated.go_on(state, kwargs.get("train_dataloader"))
         if self._seal and args.should_save and args.save_strategy != "no":
             saved.promise(Path(args.output_dir))
         if args.max_grad_norm:

@@ -43,3 +43,10 @@ def arrange(trainer: Any, folder: Path) -> None:
     for callback in trainer.callback_handler.callbacks:
         if type(callback).__name__ == "TensorBoardCallback" and "TENSORBOARD_LOGGING_DIR" not in os.environ:
             callback.logging_dir = str(folder / "tensorboard")
+
+
+def finish(trainer: Any) -> None:
+    """End the run that W&B's reporter began; it would last as long as the process, and say goodbye on stdout."""
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__name__ == "WandbCallback":
+            callback._wandb.finish()

@@ -64,6 +64,7 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
     opt = optimizer(job)
     trainer = make_trainer(job, opt, progress)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    reporting.finish(trainer)
     opt.verify_frozen()
     delta = Delta.extract(job.model, opt, recipe=recipe.public().to_json(), method=recipe.method.name)
     delta.save(folder / "delta.safetensors")

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +33,20 @@ def test_tensorboard_shows_what_the_metrics_say(tmp_path: Path) -> None:
         shown = {event.step: event.value for event in events.Scalars(f"train/{key}")}
         assert shown == pytest.approx(written, rel=1e-6), key  # event files hold float32
     assert len({line["grad_norm"] for line in lines if "loss" in line}) == 2
+
+
+def test_wandb_shows_the_same_and_leaves_stdout_alone(tmp_path: Path) -> None:
+    pytest.importorskip("wandb", reason="runs W&B offline: pip install 'finetooth[dev]'")
+    wanted = recipe(tmp_path, train={"report_to": ["wandb"]}, evaluate={"task": "none"})
+    command = [sys.executable, "-m", "finetooth", "train", str(wanted), "--json"]
+    env = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["method"] == "gmt"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if "loss" in line][-1]
+    for key in ("loss", "grad_norm", "learning_rate", "skipped_steps"):
+        shown = re.search(rf"train/{key} +([-\d.e]+)$", done.stderr, re.MULTILINE)  # of the summary that W&B prints
+        assert shown and float(shown[1]) == pytest.approx(last[key], rel=1e-5, abs=1e-5), key
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The same fine-tune through every entry point, each written as a user would who wants to go on after a kill.
 
 Each trains the embedded model, with attention dropout so that random states count, on 22 rows in batches of two, two of
-which make a step: an epoch ends in the middle of an accumulation. A checkpoint is written every three steps. What an entry
+which make a step: an epoch ends in the middle of an accumulation. A checkpoint is written every two steps. What an entry
 returns is compared bit for bit; it is called again, in a new process, until it returns.
 """
 
@@ -29,7 +29,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer, SFTConfig, SFTTrainer
 
 import finetooth
 from finetooth import embedded
@@ -38,7 +38,7 @@ from finetooth.recipe import load
 from finetooth.train import train
 from tests.laws.toy import own_score
 
-ROWS, BATCH, ACCUMULATE, EPOCHS, EVERY = 22, 2, 2, 3, 3
+ROWS, BATCH, ACCUMULATE, EPOCHS, EVERY = 22, 2, 2, 3, 2
 PER_EPOCH = -(-ROWS // (BATCH * ACCUMULATE))  # the last step of an epoch has one batch less
 STEPS = EPOCHS * PER_EPOCH
 BUDGET: dict[str, Any] = {
@@ -216,6 +216,23 @@ def orpo(row: str, out: Path) -> Ended:
     return Ended(model, opt.state_dict(), [])
 
 
+def grpo(row: str, out: Path) -> Ended:
+    """An unmodified `trl.GRPOTrainer`, which samples its texts from the policy."""
+    model, tokenizer = model_and_tokenizer()
+    opt = optimizer(row, model, tokenizer)
+    made = GRPOTrainer(
+        model,
+        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
+        args=GRPOConfig(str(out), num_generations=2, max_completion_length=8, **SHARED),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"][:40]} for row in rows()]),
+        processing_class=tokenizer,
+        optimizers=(opt, None),
+        callbacks=[SelectiveCallback(opt)],
+    )
+    made.train(resume_from_checkpoint=finetooth.last_good(out))
+    return Ended(model, opt.state_dict(), [])
+
+
 def pairs() -> list[dict[str, str]]:
     """Every prompt with its completion, and with that of another."""
     return [
@@ -273,14 +290,14 @@ def accelerate(row: str, out: Path) -> Ended:
         generator=torch.Generator(),  # its own: starting an epoch leaves torch's global state alone
     )
     model, opt, loader = tool.prepare(model, opt, shuffled)
-    done = 0  # steps
+    done, per_epoch = 0, -(-len(loader) // ACCUMULATE)  # steps
     if (folder := finetooth.last_good(out)) is not None:
         tool.load_state(folder)
         done = int(folder.name.rpartition("-")[2])
     model.train()
-    for epoch in range(done // PER_EPOCH, EPOCHS):
+    for epoch in range(done // per_epoch, EPOCHS):
         loader.set_epoch(epoch)
-        skipped = done % PER_EPOCH * ACCUMULATE if epoch == done // PER_EPOCH else 0
+        skipped = done % per_epoch * ACCUMULATE if epoch == done // per_epoch else 0
         for batch in tool.skip_first_batches(loader, skipped) if skipped else loader:
             with tool.accumulate(model):
                 tool.backward(model(**batch).loss)
@@ -301,6 +318,7 @@ ENTRIES: dict[str, Callable[[str, Path], Ended]] = {
     "trl.DPOTrainer": dpo,
     "trl.KTOTrainer": kto,
     "ORPOTrainer": orpo,
+    "trl.GRPOTrainer": grpo,
     "bare PyTorch": bare,
     "accelerate": accelerate,
 }

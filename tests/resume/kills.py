@@ -17,6 +17,7 @@ import os
 import random
 import select
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -94,14 +95,16 @@ class Pauses:
 
 def child(entry: str, row: str, out: Path, moment: str, at: int, pipe: int) -> None:
     """Train to the end, or until killed; never returns."""
-    from tests.resume.entries import ENTRIES, flat
+    from tests.resume.entries import flat
 
     code = 1
     try:
         pauses = Pauses(moment, at, pipe)
         pauses.install()
-        ended = ENTRIES[entry](row, out)
-        weights = {name: p.detach() for name, p in ended.model.named_parameters()}
+        ended = entries()[entry](row, out)
+        weights = {name.removeprefix("module."): whole(p.detach()) for name, p in ended.model.named_parameters()}
+        if int(os.environ.get("RANK", "0")):
+            os._exit(0)  # the first says how it ended
         state = flat(ended.optimizer["selective"])
         metrics = [{k: v for k, v in line.items() if k not in TIMING} for line in ended.metrics]
         facts = {"weights": weights, "state": state, "metrics": json.dumps(metrics), "seen": dict(pauses.seen)}
@@ -109,29 +112,66 @@ def child(entry: str, row: str, out: Path, moment: str, at: int, pipe: int) -> N
         code = 0
     except BaseException:
         (out / "error.txt").write_text(traceback.format_exc())
+        os.write(pipe, b"!")  # another rank would wait for this one
     finally:
         os._exit(code)
 
 
-def attempt(entry: str, row: str, out: Path, moment: str = "", at: int = 0, after: float = 0.0) -> bool:
-    """One process; whether it was killed. RuntimeError if it failed by itself."""
+def entries() -> dict[str, Callable[[str, Path], Any]]:
+    """Every entry point; those of two ranks are the same functions in two processes, and FSDP2."""
+    from tests.resume.entries import ENTRIES
+    from tests.resume.sharded import fsdp2
+
+    two = {"Trainer DDP": ENTRIES["transformers.Trainer"], "accelerate DDP": ENTRIES["accelerate"], "FSDP2": fsdp2}
+    return ENTRIES | two
+
+
+TWO = ("Trainer DDP", "accelerate DDP", "FSDP2")
+
+
+def attempt(
+    entry: str, row: str, out: Path, moment: str = "", at: int = 0, after: float = 0.0, struck: int = 0
+) -> bool:
+    """One process, or two ranks of which `struck` is killed first and the other then, as torchrun does; whether it was killed.
+
+    RuntimeError if it failed by itself.
+    """
     hear, say = os.pipe()
-    pid = os.fork()
-    if not pid:
-        os.close(hear)
-        quiet = os.open(out / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(quiet, 1)
-        os.dup2(quiet, 2)
-        child(entry, row, out, moment, at, say)
+    ranks = range(2 if entry in TWO else 1)
+    port = str(free_port())
+    pids = []
+    for rank in ranks:
+        pids.append(os.fork())
+        if not pids[-1]:
+            os.close(hear)
+            quiet = os.open(out / f"output-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(quiet, 1)
+            os.dup2(quiet, 2)
+            if len(ranks) > 1:
+                shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+                os.environ.update({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"})
+            child(entry, row, out, moment if rank == struck else "", at, say)
     os.close(say)
-    heard, _, _ = select.select([hear], [], [], after if moment == "time" else None)  # readable too when the child ends
+    heard, _, _ = select.select([hear], [], [], after if moment == "time" else None)  # readable too when all have ended
     if not heard or os.read(hear, 1):
-        os.kill(pid, signal.SIGKILL)
+        for pid in (pids[struck], *pids):
+            os.kill(pid, signal.SIGKILL)
     os.close(hear)
-    _, status = os.waitpid(pid, 0)
-    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+    ends = [os.waitpid(pid, 0)[1] for pid in pids]
+    if (out / "error.txt").exists():
         raise RuntimeError(f"{entry}, {row}: {(out / 'error.txt').read_text()}")
-    return os.WIFSIGNALED(status)
+    return any(os.WIFSIGNALED(status) for status in ends)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def whole(p: torch.Tensor) -> torch.Tensor:
+    """Of a sharded parameter all of it, on every rank."""
+    return p.full_tensor() if hasattr(p, "full_tensor") else p
 
 
 def different(one: Any, two: Any) -> int:
@@ -166,7 +206,7 @@ def trial(entry: str, row: str, kills: int, draw: random.Random, folder: Path) -
         moment = MOMENTS[i % len(MOMENTS)]
         share = straight["seen"].get(moment, 0) // kills  # so that there is something left for the next
         kill = (moment, draw.randint(1, max(1, share)), draw.uniform(0.2, 0.9) * seconds)
-        if not attempt(entry, row, killed, *kill):
+        if not attempt(entry, row, killed, *kill, struck=int(entry in TWO and moment == "step")):
             break  # it got to its end
         landed[moment] += 1
         torn += any(killed.rglob(".unfinished/*")) or _unsealed(killed)
@@ -203,14 +243,13 @@ def main() -> int:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     from tests.laws.toy import ROWS
-    from tests.resume.entries import ENTRIES
 
     rows = ROWS if given.rows == "all" else given.rows.split(",")
-    entries = list(ENTRIES) if given.entries == "all" else given.entries.split(",")
+    chosen = list(entries()) if given.entries == "all" else given.entries.split(",")
     warm(rows)
     draw, found = random.Random(given.seed), []
     started = time.monotonic()
-    for entry in entries:
+    for entry in chosen:
         for row in rows:
             if entry == "finetooth train" and row == "own":
                 continue  # a recipe names its row

@@ -5,11 +5,12 @@ stdout carries the result and nothing else, so that `--json` can be piped; progr
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,14 @@ def quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
+    if os.environ.get("WANDB_MODE") == "offline":
+        with redirect_stdout(sys.stderr):
+            importlib.import_module("transformers.integrations.integration_utils")  # says so while it is imported
 
 
 @contextmanager
 def bar(title: str) -> Iterator[Callable[[int, int, float | None], None]]:
-    """A progress bar on stderr: the function takes step, steps in all and the last loss."""
+    """A progress bar on stderr: the function takes step, steps in all and the last loss. What libraries print goes there too."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -66,7 +70,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, float | None], None]]:
         TextColumn("{task.fields[loss]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=False) as progress:
+    with redirect_stdout(sys.stderr), Progress(*columns, console=Console(stderr=True), transient=False) as progress:
         task = progress.add_task(title, total=None, loss="loading and measuring the base")
 
         def report(step: int, steps: int, loss: float | None) -> None:
