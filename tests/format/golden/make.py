@@ -63,7 +63,7 @@ SECOND = {
     "gap8": ("F32", Unit(), [0, 1, 254, 255, 256, 511, 1022, 2000]),  # gaps of 0, 253, 254, 255, 510 and more
     "gap16": ("I16", Unit(), [5, 70000, 70001, 140000]),
     "bitmap": ("F16", Unit("row"), [0, 2, 3, 5, 7, 8, 10, 13]),
-    "plain": ("F64", Unit(), [3999]),
+    "plain": ("F64", Unit(), [262143]),
     "base4": ("F8_E4M3", Unit(), list(range(0, 400, 40))),
     "base8": ("BF16", Unit(), list(range(0, 4000, 200))),
     "base16": ("F32", Unit("column"), [1, 7]),
@@ -74,7 +74,14 @@ STEP = {"base4": 3, "base8": 60, "base16": 9000, "base24": 3_000_000}  # the sig
 
 def second_base() -> dict[str, torch.Tensor]:
     """Whole numbers again; the large ones are there for the gaps."""
-    shapes = {"gap16": (3, 50000), "bitmap": (14, 3), "base4": (20, 20), "base16": (12, 8), "base24": (7, 4)}
+    shapes = {
+        "gap16": (3, 50000),
+        "bitmap": (14, 3),
+        "plain": (512, 512),
+        "base4": (20, 20),
+        "base16": (12, 8),
+        "base24": (7, 4),
+    }
     out = {}
     for name, (dtype, _, _) in SECOND.items():
         shape = shapes.get(name, (50, 80))
@@ -109,7 +116,7 @@ def second() -> Delta:
         before, values = gather(chosen, old), gather(chosen, new)
         prints = (fingerprint(old), fingerprint(new), fingerprint(before), fingerprint(values))
         changes[name] = Change(chosen, values, int((bits(before) != bits(values)).sum()), *prints)
-    return Delta(changes, {}, Origin("org/name", None, 170_000), "grad", {"note": "version 2"}, "finetooth 0")
+    return Delta(changes, {}, Origin("org/name", None, 430_000), "grad", {"note": "version 2"}, "finetooth 0")
 
 
 if __name__ == "__main__":
