@@ -53,13 +53,20 @@ class Stored(Lazy):
         return archive.entries[name].value_coding, archive.stream(f"values:{name}")
 
     def new(self, old: Tensor) -> Tensor:
-        if self.coded is None:
+        coded = self.coded
+        if coded is None or self._source is None:
             return self.values
-        (shape, dtype), before = self.kind, patterns(old)
-        z = coding.decode_steps(*self.coded, before.size, before.dtype)
-        after = coding.moved(before, z, dtype.is_floating_point)
-        values = torch.from_numpy(after.view(np.uint8)).view(dtype).reshape(old.shape)
-        require_finite("a tensor " + str(list(shape)), values)
+        archive, name = self._source
+        e, before = archive.entries[name], patterns(old)
+        if (tuple(old.shape), old.dtype) != ((e.count, e.width), e.dtype):
+            raise DeltaError(
+                f"the new values of '{name}' are coded against {e.dtype} {[e.count, e.width]}: {old.dtype} "
+                f"{list(old.shape)} was given."
+            )
+        z = coding.decode_steps(*coded, before.size, before.dtype)
+        after = coding.moved(before, z, e.dtype.is_floating_point)
+        values = torch.from_numpy(after.view(np.uint8)).view(e.dtype).reshape(old.shape)
+        require_finite(name, values)
         return values
 
 
