@@ -52,6 +52,9 @@ class Stored(Lazy):
         archive, name = self._source
         return archive.entries[name].value_coding, archive.stream(f"values:{name}")
 
+    def fetch(self) -> None:
+        _ = self.selection
+
     def new(self, old: Tensor) -> Tensor:
         coded = self.coded
         if coded is None or self._source is None:

@@ -210,6 +210,7 @@ def _overwrite(file: Path, names: list[str], bytes_of: Callable[[str], memoryvie
                 raise ValueError(f"'{name}' has {end - begin} bytes in {file.name}, not {new.nbytes}.")
             f.seek(8 + size + begin)
             f.write(new)
+            del new  # one tensor in memory, not two
         f.flush()
         os.fsync(f.fileno())
 

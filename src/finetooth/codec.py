@@ -75,6 +75,9 @@ class Change:
         """The new values; `old` are those that the base has under the units, [k, unit_numel]."""
         return self.values
 
+    def fetch(self) -> None:
+        """Read what has to be read, so that it is not read beside something else in memory."""
+
     def back(self, old: Tensor) -> Change:
         """The change that takes this one off, in memory."""
         return Change(self.selection, old, self.changed, self.result, self.fingerprint, self.written, self.replaced)

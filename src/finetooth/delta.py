@@ -297,8 +297,10 @@ def apply_folder(
         owner = {place: name for name, places in where.items() for place in places}
 
         def new_bytes(place: str) -> memoryview:
-            name, t = owner[place], held.tensor(place)
+            name = owner[place]
             c = delta.changes[name]
+            c.fetch()
+            t = held.tensor(place)
             old = fit.before(parts, held, name, place, c, t, quick)
             if out is not None and place == where[name][0]:
                 out.add(name, taken_off(c, lambda: old))

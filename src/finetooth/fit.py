@@ -81,8 +81,11 @@ def _refuse(parts: Parts, held: Base, place: str, found: str, expected: str, qui
         applied = verify(parts, held, quick) == "applied"
     if applied:
         raise WrongBase(f"already applied: the target holds the result of this delta (base: {parts.base}).")
-    what = f"the values of '{place}' that the delta replaces are not those" if quick else f"'{place}' is not that"
-    raise WrongBase(f"{what} of {parts.base}: expected {expected}, found {found}.")
+    if quick:
+        raise WrongBase(
+            f"the replaced values of '{place}' are not those of {parts.base}: {expected} expected, {found} found."
+        )
+    raise WrongBase(f"'{place}' is not that of {parts.base}: expected {expected}, found {found}.")
 
 
 def promised(name: str, change: Change, old: Tensor, t: Tensor | None) -> Tensor:

@@ -48,6 +48,9 @@ class Lazy(Change):
     def values(self) -> Tensor:
         return self._values()
 
+    def fetch(self) -> None:
+        _ = self.selection, self.values
+
     @property
     def kind(self) -> tuple[tuple[int, ...], torch.dtype]:
         return super().kind if self._made is None else self._made[0]
