@@ -170,9 +170,9 @@ def codings(args: argparse.Namespace, run: dict[str, Any]) -> Iterator[dict[str,
 def trained(args: argparse.Namespace, run: dict[str, Any]) -> Iterator[dict[str, Any]]:
     from finetooth.delta import Delta
 
-    for model_name, rates in RATES.items():
-        for method in ("random", "grad", "snip", "magnitude"):
-            for lr in rates:
+    for model_name in args.models.split(","):
+        for method in args.methods.split(","):
+            for lr in RATES[model_name]:
                 base, model, opt = tuned(model_name, method, lr, args)
                 delta = Delta.extract(model, opt)
                 if not delta.changes:
@@ -308,6 +308,8 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=8192, help="of the square matrices")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=60, help="of a fine-tune")
+    parser.add_argument("--models", default=",".join(RATES))
+    parser.add_argument("--methods", default="random,grad,snip,magnitude")
     parser.add_argument("--hidden", type=int, default=1024, help="of the generated model")
     parser.add_argument("--tensors", type=int, default=8, help="of the generated checkpoint")
     parser.add_argument("--threads", type=int, default=1)

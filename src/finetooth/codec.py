@@ -27,6 +27,7 @@ from torch import Tensor
 
 from finetooth import coding
 from finetooth.base import bits, dtype_name, fingerprint, raw
+from finetooth.files import room, whole
 from finetooth.selection import Selection
 from finetooth.units import Unit
 
@@ -156,11 +157,11 @@ def encode(
 
 
 def _values(name: str, change: Change, old: Tensor | None, plain: bool) -> tuple[str, Stream]:
-    if change.coded is not None and old is None:
+    coded = change.coded if old is None else None
+    if coded is not None:
         if plain:
             raise DeltaError(f"the values of '{name}' are coded against the base: give the base.")
-        how, stream = change.coded
-        return how, Stream("U8", (stream.size,), stream.data, 1)
+        return coded[0], Stream("U8", (coded[1].size,), coded[1].data, 1)
     values = change.values if old is None else change.new(old)
     require_finite(name, values)
     found = None if old is None or plain else coding.encode_steps(_steps(old, values))
@@ -229,6 +230,26 @@ def writer(path: Path, plain: bool = False) -> Iterator[Writer]:
     """A `Writer` whose spool lies where `path` will, without a name."""
     with tempfile.TemporaryFile(dir=path.parent) as spool:
         yield Writer(spool, plain)
+
+
+@contextmanager
+def kept(path: Path | None) -> Iterator[tuple[Callable[[str, Change], None], Callable[[Parts], None]]]:
+    """What takes the changes of a file one by one, and what makes the file of them; without a path, both do nothing."""
+    if path is None:
+        yield lambda name, change: None, lambda parts: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writer(path) as out:
+
+        def add(name: str, change: Change) -> None:
+            with room(path):
+                out.add(name, change)
+
+        def finish(parts: Parts) -> None:
+            with whole(path) as temp:
+                out.finish(parts, temp)
+
+        yield add, finish
 
 
 def write(parts: Parts, path: Path, old: Callable[[str, Change], Tensor] | None = None, plain: bool = False) -> None:

@@ -93,11 +93,11 @@ def _escaped(gaps: Ints, dtype: type[np.unsignedinteger[Any]]) -> Ints:
     if not long.size:
         return out
     escapes, out[long] = np.divmod(gaps[long], top)
-    at = np.ones(gaps.size, np.int64)
-    at[long] += escapes
-    places = np.cumsum(at, out=at)
-    stream = np.full(int(places[-1]), top, dtype)
-    stream[places - 1] = out
+    before = np.repeat(long, escapes)  # entries before each escape; the escapes before it are its own number
+    ends = np.ones(out.size + before.size, bool)
+    ends[before + np.arange(before.size)] = False
+    stream = np.full(ends.size, top, dtype)
+    stream[ends] = out
     return stream
 
 
@@ -129,16 +129,17 @@ def _gap_ids(stream: Ints) -> Iterator[Ints]:
     top, total, n = np.iinfo(stream.dtype).max, 0, 0
     if stream.size and stream[-1] == top:
         raise ValueError("ends in the middle of a gap.")
-    for piece in _plain_ids(stream):
-        sums = np.cumsum(piece, dtype=np.int64)
-        sums += total
-        total = int(sums[-1])
-        escapes = np.count_nonzero(piece == top)
-        if escapes:
-            sums = sums[np.flatnonzero(piece != top)]
-        sums += np.arange(n, n + sums.size)
-        n += sums.size
-        yield sums
+    step, ramp = _PIECE // 4, np.arange(_PIECE // 4, dtype=np.int32)
+    for i in range(0, stream.size, step):  # short enough that sums fit into 32 bits
+        piece = stream[i : i + step]
+        sums = np.cumsum(piece, dtype=np.int32)
+        after = total + int(sums[-1])
+        ends = piece != top
+        if not ends.all():
+            sums = sums[np.flatnonzero(ends)]
+        sums += ramp[: sums.size]
+        yield (sums if total + n + step * top < 2**31 else sums.astype(np.int64)) + (total + n)
+        total, n = after, n + sums.size
 
 
 def _bitmap_ids(stream: Ints) -> Iterator[Ints]:
@@ -160,20 +161,26 @@ def steps(old: Ints, new: Ints, floating: bool) -> Ints:
     >>> steps(one, two, True), steps(two, one, True)
     (array([2], dtype=uint32), array([1], dtype=uint32))
     """
-    d = _ordered(new, floating)
-    d -= _ordered(old, floating)
-    sign = np.negative(d >> (8 * d.itemsize - 1))
-    d <<= 1
-    d ^= sign
-    return d
+    out = np.empty_like(new)
+    for i in range(0, new.size, _PIECE):
+        d = _ordered(new[i : i + _PIECE], floating)
+        d -= _ordered(old[i : i + _PIECE], floating)
+        sign = np.negative(d >> (8 * d.itemsize - 1))
+        d <<= 1
+        np.bitwise_xor(d, sign, out=out[i : i + _PIECE])
+    return out
 
 
 def moved(old: Ints, z: Ints, floating: bool) -> Ints:
     """The new bit patterns that `steps(old, new, floating)` were taken of."""
-    new = np.negative(z & 1)
-    new ^= z >> 1
-    new += _ordered(old, floating)
-    return _ordered(new, floating)
+    out = np.empty_like(old)
+    for i in range(0, old.size, _PIECE):
+        piece = z[i : i + _PIECE]
+        new = np.negative(piece & 1)
+        new ^= piece >> 1
+        new += _ordered(old[i : i + _PIECE], floating)
+        out[i : i + _PIECE] = _ordered(new, floating)
+    return out
 
 
 def _ordered(bits: Ints, floating: bool) -> Ints:
@@ -189,10 +196,13 @@ def _ordered(bits: Ints, floating: bool) -> Ints:
 def encode_steps(z: Ints) -> tuple[str, Ints] | None:
     """The smallest coding of zigzagged steps [n] and its stream of bytes; None where the plain values are no larger."""
     width, best = 8 * z.itemsize, ("plain", z.nbytes)
-    for coding, bits in STEPS.items():
-        if bits <= width:
-            size = _short_bytes(bits, z.size) + z.itemsize * int(np.count_nonzero(z >= (1 << bits) - 1))
-            best = (coding, size) if size < best[1] else best
+    long_ones = dict.fromkeys((coding for coding, bits in STEPS.items() if bits <= width), 0)
+    for piece in _plain_ids(z):
+        for coding in long_ones:
+            long_ones[coding] += int(np.count_nonzero(piece >= (1 << STEPS[coding]) - 1))
+    for coding, n in long_ones.items():
+        size = _short_bytes(STEPS[coding], z.size) + z.itemsize * n
+        best = (coding, size) if size < best[1] else best
     if best[0] == "plain":
         return None
     top = (1 << STEPS[best[0]]) - 1

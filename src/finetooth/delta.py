@@ -291,8 +291,8 @@ def apply_folder(
     checkpoint.refuse_target(src, dst)
     if quick:
         fit.require_quick(delta._parts())
-    kept = nullcontext() if inverse is None else codec.writer(Path(inverse))
-    with open_base(src).opened() as held, kept if inverse is None else room(Path(inverse)), kept as out:
+    inverse = None if inverse is None else Path(inverse)
+    with open_base(src).opened() as held, codec.kept(inverse) as (add, finish):
         parts, where = delta._parts(), fit.places(delta._parts(), held)
         owner = {place: name for name, places in where.items() for place in places}
 
@@ -302,19 +302,15 @@ def apply_folder(
             c.fetch()
             t = held.tensor(place)
             old = fit.before(parts, held, name, place, c, t, quick)
-            if out is not None and place == where[name][0]:
-                out.add(name, taken_off(c, lambda: old))
+            if place == where[name][0]:
+                add(name, taken_off(c, lambda: old))
             fit.promised(name, c, old, None if quick else t)
             if quick:
                 scatter_(c.selection, t, c.new(old))
             return raw(t)
 
-        def keep() -> None:
-            if out is not None and inverse is not None:
-                with whole(Path(inverse)) as temp:
-                    out.finish(delta._inverse(delta.changes)._parts(), temp)
-
-        checkpoint.copy_changed(src, dst, owner, new_bytes, keep)
+        back = delta._inverse(delta.changes)._parts()
+        checkpoint.copy_changed(src, dst, owner, new_bytes, lambda: finish(back))
     return delta.inverse(src, check=False)
 
 
