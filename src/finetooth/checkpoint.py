@@ -19,7 +19,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 DELTA = "delta.safetensors"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -115,10 +115,59 @@ def open_file(file: Path) -> Any:
         raise ValueError(f"{file} is not a whole safetensors file: {e}") from e
 
 
-def copy_changed(src: Path, dst: Path, names: Iterable[str], bytes_of: Callable[[str], memoryview]) -> None:
+class Span(NamedTuple):
+    """Where one tensor lies in a file of safetensors."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+def layout(file: Path, f: BinaryIO) -> tuple[dict[str, Span], dict[str, str]]:
+    """Where the tensors lie in `file`, and its metadata; `f` is the open file. ValueError if it is not whole.
+
+    safetensors checks the header; its handle maps the file, so that pages that were read count as the reader's memory,
+    and a file that is cut short meanwhile ends the process. Hence tensors are read at these places with `fill`.
+    """
+    open_file(file)
+    end = f.seek(0, os.SEEK_END)
+    f.seek(0)
+    try:
+        (size,) = struct.unpack("<Q", f.read(8))
+        header = json.loads(f.read(size) if size <= end else b"")
+        metadata, spans = header.pop("__metadata__", None) or {}, dict[str, Span]()
+        for name, said in header.items():
+            (begin, stop), shape = said["data_offsets"], tuple(said["shape"])
+            spans[name] = Span(said["dtype"], shape, 8 + size + begin, stop - begin)
+            if not 0 <= begin <= stop <= end - 8 - size:
+                raise ValueError(f"'{name}' lies outside of it")
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as e:
+        raise ValueError(f"{file} is not a whole safetensors file: {e}") from e
+    return spans, metadata
+
+
+def fill(f: BinaryIO, buffer: Any) -> bool:
+    """Read from `f` until the buffer (anything with bytes) is full; False if the file ends before."""
+    view = memoryview(buffer).cast("B") if len(buffer) else memoryview(b"")
+    while view.nbytes:
+        n = f.readinto(view)  # type: ignore[attr-defined]  # of a raw file
+        if not n:
+            return False
+        view = view[n:]
+    return True
+
+
+def copy_changed(
+    src: Path,
+    dst: Path,
+    names: Iterable[str],
+    bytes_of: Callable[[str], memoryview],
+    done: Callable[[], None] = lambda: None,
+) -> None:
     """Write `dst`, a copy of the checkpoint folder `src` in which the tensors `names` have the bytes `bytes_of(name)`.
 
-    Nothing appears at `dst` before everything is written. Raises FileExistsError if it is there already.
+    `done` is called when everything is written, before the folder gets its name. Nothing appears at `dst` before everything is written. Raises FileExistsError if it is there already.
     """
     where, changed = shards(src), set(names)
     refuse_target(src, dst)
@@ -127,6 +176,7 @@ def copy_changed(src: Path, dst: Path, names: Iterable[str], bytes_of: Callable[
         for file in dict.fromkeys(where.values()):
             shutil.copyfile(file, temp / file.name)
             _overwrite(temp / file.name, [n for n in where if n in changed and where[n] == file], bytes_of)
+        done()
 
 
 @contextmanager
@@ -160,6 +210,7 @@ def _overwrite(file: Path, names: list[str], bytes_of: Callable[[str], memoryvie
                 raise ValueError(f"'{name}' has {end - begin} bytes in {file.name}, not {new.nbytes}.")
             f.seek(8 + size + begin)
             f.write(new)
+            del new  # one tensor in memory, not two
         f.flush()
         os.fsync(f.fileno())
 

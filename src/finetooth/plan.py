@@ -32,7 +32,7 @@ CONTEXT, LOST = (
     1.0,
     0.05,
 )  # GiB of a CUDA context with its libraries, and the share that an allocator loses between blocks
-ENTRY = 700  # bytes of a tensor's entry in a delta's header: two fingerprints, shape, unit, offsets
+ENTRY = 900  # bytes of a tensor's entry in a delta's header: four fingerprints, shape, unit, offsets
 
 
 @dataclass

@@ -137,6 +137,29 @@ def test_export_as_an_adapter_and_back(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "merge it first" in refused.stderr and refused.stderr.count("\n") == 1
 
 
+def test_pack_unpack_and_quick(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    ok("extract", base, tuned, "-o", tmp_path / "d")
+    coded = ok("extract", base, tuned, "-o", tmp_path / "c", "--code-values")
+    packed = ok("pack", tmp_path / "d", "-o", tmp_path / "p", "--base", base)
+    assert (tmp_path / "p").read_bytes() == (tmp_path / "c").read_bytes() and coded["codings"] == packed["codings"]
+    plain = ok("unpack", tmp_path / "c", "-o", tmp_path / "u", "--base", base)
+    assert set(plain["codings"]) == {"plain + plain"}
+    ok("pack", tmp_path / "u", "-o", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "d").read_bytes()
+    ok("apply", base, tmp_path / "c", "-o", tmp_path / "out", "--inverse", tmp_path / "i", "--quick")
+    assert same(weights(tmp_path / "out"), weights(tuned))
+    assert ok("verify", tmp_path / "out", tmp_path / "d", "--quick")["state"] == "applied"
+    ok("revert", tmp_path / "out", tmp_path / "i", "-o", tmp_path / "r1", "--quick")
+    ok("revert", tmp_path / "out", tmp_path / "c", "--base", base, "-o", tmp_path / "r2", "--quick")
+    assert same(weights(tmp_path / "r1"), weights(base)) and same(weights(tmp_path / "r2"), weights(base))
+    refused = run("apply", tuned, tmp_path / "d", "-o", tmp_path / "x", "--quick")
+    assert refused.exit_code == 2 and "already applied" in refused.stderr
+    assert run("pack", tmp_path / "d", "-o", tmp_path / "p").exit_code == 2  # it exists
+    assert run("pack", tmp_path / "d", "-o", tmp_path / "w", "--base", tuned).exit_code == 2
+    assert not (tmp_path / "w").exists()
+
+
 def test_bad_input_is_one_line_and_exit_code_2(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = folders
     ok("extract", base, tuned, "-o", tmp_path / "d")

@@ -35,6 +35,14 @@ DeltaFile = Annotated[
 ]
 
 
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Look at the values that are replaced only, not at the tensors around them.")
+]
+Steps = Annotated[
+    bool, typer.Option("--code-values", help="Code new values against BASE's: smaller, and only BASE can read them.")
+]
+
+
 class Form(StrEnum):
     """What a delta can be exported as."""
 
@@ -56,6 +64,7 @@ def extract(
     out: Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")],
     method: Annotated[str | None, typer.Option(help="The method to note in the file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    code_values: Steps = False,
     as_json: Json = False,
 ) -> None:
     """Write what leads from BASE to TUNED, comparing the two tensor by tensor.
@@ -65,10 +74,9 @@ def extract(
     with _clean_errors():
         if out.is_dir() or (out.exists() and not force):
             raise FileExistsError(f"{out} exists: give another name, or --force to write over a file.")
-        delta = _extracted(base, tuned, method)
+        delta = _extracted(base, tuned, method, out, code_values)
         if not delta.changes:
             raise ValueError(f"{tuned} and {base} are equal bit for bit: there is nothing to extract.")
-        delta.save(out)
         show.facts({"file": str(out), **delta.info()}, as_json, out.name)
 
 
@@ -78,6 +86,7 @@ def apply(
     delta: DeltaFile,
     out: Out,
     inverse: Annotated[Path | None, typer.Option(help="Write the inverse delta here; applying it gives BASE.")] = None,
+    quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint folder that is BASE with DELTA applied."""
@@ -87,9 +96,7 @@ def apply(
         from finetooth.delta import apply_folder
 
         change = _load(delta)
-        back = apply_folder(base, out, change)
-        if inverse is not None:
-            back.save(inverse)
+        apply_folder(base, out, change, inverse=inverse, quick=quick)
         show.facts({"folder": str(out), "state": "applied", **_counts(change)}, as_json, "applied")
 
 
@@ -99,6 +106,7 @@ def revert(
     delta: Annotated[str, typer.Argument(metavar="DELTA", help="The delta (with --base), or its inverse.")],
     out: Out,
     base: Annotated[str | None, typer.Option(help="Where the pretrained values are read from.")] = None,
+    quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Write a checkpoint folder that is TUNED with DELTA taken off: the base, bit for bit.
@@ -112,13 +120,13 @@ def revert(
 
         change = _load(delta)
         if base is not None:
-            change = change if change.base.tuned else change.inverse(base)
+            change = change if change.base.tuned else change.inverse(base, check=False)
         elif not change.base.tuned:
             raise ValueError(
                 f"{delta} holds new values only, so it cannot be taken off by itself: give --base (it was made for "
                 f"{change.base}), or the inverse delta that `finetooth delta apply --inverse` writes."
             )
-        apply_folder(tuned, out, change)
+        apply_folder(tuned, out, change, quick=quick)
         show.facts({"folder": str(out), "state": "base", **_counts(change)}, as_json, "reverted")
 
 
@@ -127,6 +135,7 @@ def verify(
     folder: Annotated[str, typer.Argument(help="A checkpoint: a folder, a safetensors file or a hub id.")],
     delta: DeltaFile,
     expect: Annotated[str | None, typer.Option(help="Which of the two it must be: base or applied.")] = None,
+    quick: Quick = False,
     as_json: Json = False,
 ) -> None:
     """Say whether the changed tensors of FOLDER are the base's or the tuned ones, bit for bit.
@@ -141,13 +150,46 @@ def verify(
 
         change, held, reason = _load(delta), open_base(folder), None
         try:
-            state: str = change.verify(held)
+            state: str = change.verify(held, quick=quick)
         except WrongBase as e:
             state, reason = "neither", str(e)
         failed = state == "neither" or (expect is not None and state != expect)
         show.facts({"state": state, "ok": not failed, "reason": reason, **_counts(change)}, as_json, "verify")
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def pack(
+    delta: DeltaFile,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new file to write; it must not exist.")],
+    base: Annotated[
+        str | None, typer.Option(help="The base: code new values against it. Only it can read them.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write DELTA again, as small as it can be: ids as gaps or bits, and with --base new values as steps from the base's."""
+    with _clean_errors():
+        _written_again(delta, out, base, plain=False, as_json=as_json)
+
+
+@app.command()
+def unpack(
+    delta: DeltaFile,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The new file to write; it must not exist.")],
+    base: Annotated[str | None, typer.Option(help="The base, where values are coded against it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write DELTA again with plain ids and plain new values: a file of format version 1, which any reader reads."""
+    with _clean_errors():
+        _written_again(delta, out, base, plain=True, as_json=as_json)
+
+
+def _written_again(delta: str, out: Path, base: str | None, plain: bool, as_json: bool) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out} exists: give another name.")
+    _load(delta).save(out, against=base, plain=plain)
+    show.facts({"file": str(out), **_load(str(out)).info()}, as_json, out.name)
 
 
 @app.command()
@@ -178,7 +220,7 @@ def export(
         show.facts({"folder": str(to), "form": str(form), **_counts(change), **found}, as_json, "exported")
 
 
-def _extracted(base: str, tuned: str, method: str | None) -> Delta:
+def _extracted(base: str, tuned: str, method: str | None, out: Path, steps: bool) -> Delta:
     from dataclasses import replace
 
     from finetooth import shira
@@ -188,8 +230,11 @@ def _extracted(base: str, tuned: str, method: str | None) -> Delta:
     folder = resolve(tuned)
     if shira.is_adapter(folder):
         found = shira.read(folder, base)
-        return replace(found, method=method) if method else found
-    return Delta.extract(folder, base, method=method, keep_base=False)
+        found = replace(found, method=method) if method else found
+        if found.changes:
+            found.save(out, against=base if steps else None)
+        return found
+    return Delta.extract_to(out, folder, base, method=method, steps=steps)
 
 
 def _load(source: str) -> Delta:
