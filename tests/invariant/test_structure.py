@@ -42,6 +42,7 @@ LEVELS = (
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data", "answers"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
+    | {"generated"}
     | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
