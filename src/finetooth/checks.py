@@ -74,6 +74,10 @@ def check_together(rule: Rule | None, when: When, rest: Rest, state: str, mask: 
         raise ValueError(f"rest={kind}(...) needs a selection made once, with compact state.")
     if rule is None:
         return
+    if rule.exclude and kind == "quantized":
+        raise ValueError(
+            "rest=quantized(...) rewrites what does not train, and so what exclude= is to leave alone: choose frozen."
+        )
     if rule.keep == 0:
         raise ValueError("keep=0 selects nothing: nothing would train.")
     if isinstance(rule.keep, float) and rule.keep < 1 and rule.pool in ONE_UNIT.get(rule.unit.kind, ()):

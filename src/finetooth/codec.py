@@ -55,12 +55,14 @@ class Change:
 @dataclass(frozen=True)
 class Origin:
     """What a delta belongs to. `weights` is how many the whole base has; `tuned` marks an inverse, whose base
-    is the tuned model."""
+    is the tuned model; `after` has the fingerprints of tensors that earlier deltas of a chain changed and this one
+    does not."""
 
     id: str | None = None
     revision: str | None = None
     weights: int | None = None
     tuned: bool = False
+    after: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         name = self.id or "a base without a name"
@@ -114,7 +116,7 @@ def _metadata(parts: Parts) -> dict[str, str]:
         "format": FORMAT,
         "version": str(VERSION),
         "library": parts.library,
-        "base": _dumps(asdict(parts.base)),
+        "base": _dumps({k: v for k, v in asdict(parts.base).items() if k != "after" or v}),
         "method": _dumps(parts.method),
         "recipe": _dumps(parts.recipe),
         "tensors": _dumps(tensors),
@@ -280,7 +282,10 @@ def _origin(metadata: Mapping[str, str]) -> Origin:
     texts = all(text is None or isinstance(text, str) for text in (id, revision))
     if not texts or not (weights is None or (type(weights) is int and weights >= 0)) or type(tuned) is not bool:
         raise DeltaError(f"base is {base}: expected id, revision, weights and tuned.")
-    return Origin(id, revision, weights, tuned)
+    after = base.get("after", {})
+    if not isinstance(after, dict) or not all(isinstance(p, str) and _FINGERPRINT.fullmatch(p) for p in after.values()):
+        raise DeltaError(f"base has after={after!r}: expected names and fingerprints, sha256:<64 hex digits>.")
+    return Origin(id, revision, weights, tuned, after)
 
 
 def _tied(metadata: Mapping[str, str], changes: Mapping[str, Change]) -> dict[str, str]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from finetooth import checkpoint, codec
 from finetooth.base import Base, Held, bits, dtype_name, fingerprint, open_base, raw
 from finetooth.codec import Change, DeltaError, Origin, Parts
-from finetooth.diff import change, gather, pair, scatter_
+from finetooth.diff import change, gather, pair, require_after, scatter_
 from finetooth.files import whole
 from finetooth.shards import sharded
 
@@ -243,6 +243,7 @@ class Delta:
         """Everything that could be wrong, before the first write. Returns the values that will be replaced."""
         before = {}
         with held.opened():
+            require_after(self.base.after, held)
             for name, places in self._fits(held).items():
                 for n in reversed(places):
                     t = held.tensor(n).detach().cpu().contiguous()

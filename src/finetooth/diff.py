@@ -11,7 +11,7 @@ module's buffers may be missing on the other side. Anything else that only one s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,18 @@ def scatter_(selection: Selection, x: Tensor, values: Tensor) -> None:
         whole = x.contiguous()
         scatter_(selection, whole, values)
         bits(x).copy_(bits(whole))
+
+
+def require_after(after: Mapping[str, str], held: Base) -> None:
+    """Raise DeltaError unless `held` has the tensors that the earlier deltas of a chain left (`Origin.after`)."""
+    there = set(held.names())
+    for name, expected in after.items():
+        found = fingerprint(held.tensor(name)) if name in there else "no such tensor"
+        if found != expected:
+            raise DeltaError(
+                f"this delta was made on top of others, and '{name}' is not as they leave it: expected {expected}, found "
+                f"{found}. Apply the chain in its order: finetooth delta apply BASE FIRST SECOND …"
+            )
 
 
 def _cheapest(differs: Tensor, itemsize: int) -> Selection:

@@ -25,8 +25,9 @@ LEVELS = (
     {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
-    | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
-    {"methods", "spelled", "assemble"},
+    | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"}
+    | {"moves", "merging", "conflicting", "contrast", "chain", "switch"},
+    {"methods", "spelled", "exclude", "assemble"},
     {"recipe", "embedded", "data", "answers"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
