@@ -21,7 +21,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to std
 Out = Annotated[Path, typer.Option("--out", "-o", help="The delta file to write.")]
 Force = Annotated[bool, typer.Option("--force", help="Write over an existing file.")]
 Deltas = Annotated[
-    list[str], typer.Argument(metavar="DELTA...", help="Delta files, run folders, or org/name[@revision] on the hub.")
+    list[str], typer.Argument(metavar="DELTA", help="Delta files, run folders, or org/name[@revision] on the hub.")
 ]
 Base = Annotated[
     str, typer.Option("--base", help="The checkpoint that the deltas were made for: a folder or a hub id.")

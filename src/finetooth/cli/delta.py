@@ -27,8 +27,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for verb in (compose.merge, compose.conflicts, compose.diff, compose.trim, compose.compose, compose.link):
-    app.command()(verb)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The new folder to write; it must not exist.")]
@@ -183,6 +181,10 @@ def export(
 
             found = shira.write(change, base, to)
         show.facts({"folder": str(to), "form": str(form), **_counts(change), **found}, as_json, "exported")
+
+
+for verb in (compose.merge, compose.conflicts, compose.diff, compose.trim, compose.compose, compose.link):
+    app.command()(verb)
 
 
 def _extracted(base: str, tuned: str, method: str | None) -> Delta:
