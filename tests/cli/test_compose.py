@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 import torch
 from transformers import LlamaForCausalLM
+from typer.testing import CliRunner
 
-from finetooth import Delta
+from finetooth import Delta, embedded
+from finetooth.cli.main import app as program
 
 from .test_delta import llama, ok, run, weights
+from .test_train import call, recipe
 
 
 @torch.no_grad()
@@ -133,3 +136,30 @@ def test_bad_input_is_one_line_and_exit_code_2(lab: Path) -> None:
         assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
         assert says in result.stderr, result.stderr
     assert sorted(lab.rglob("*")) == before
+
+
+def test_training_around_another_run(tmp_path: Path) -> None:
+    """Two runs through the program: the second trains nothing that the first changed, and the merge is both."""
+    method, base = {"name": "magnitude", "keep": 0.3}, embedded.path("stories260K")
+    less = {"evaluate": {"task": "none"}, "train": {"max_steps": 2}}
+    call("train", recipe(tmp_path, method=method, output=str(tmp_path / "first"), **less), "--json")
+    second = recipe(tmp_path, method={**method, "exclude": "first"}, output=str(tmp_path / "second"), **less)
+    assert any("method.exclude was not looked at" in note for note in call("plan", second, "--json")["notes"])
+    call("train", second, "--json")
+    found = call("delta", "conflicts", tmp_path / "first", tmp_path / "second", "--base", base, "--json")
+    assert found["overlap"] == 0 and found["changed"] > 0
+    call("delta", "merge", tmp_path / "first", tmp_path / "second", "--base", base, "-o", tmp_path / "both", "--json")
+    call("delta", "apply", base, tmp_path / "both", "-o", tmp_path / "merged", "--json")
+    merged, parts = weights(tmp_path / "merged"), [Delta.load(tmp_path / n) for n in ("first", "second")]
+    expected = {n: t.clone() for n, t in weights(base).items()}
+    for n, c in ((n, c) for d in parts for n, c in d.changes.items()):
+        where = c.selection.entries().flatten()
+        moved = c.values.flatten() != weights(base)[n].view(-1)[where]
+        expected[n].view(-1)[where[moved]] = c.values.flatten()[moved]
+    assert all(torch.equal(t, expected[n]) for n, t in merged.items())
+    noted = parts[1].recipe["method"]["exclude"]
+    assert noted == "first"  # the last part of a path
+    other = CliRunner().invoke(program, ["train", str(second), "method.exclude=nowhere.safetensors", "--json"])
+    assert other.exit_code == 2 and "method.exclude: 'nowhere.safetensors'" in other.stderr
+    full = CliRunner().invoke(program, ["train", str(second), "method={name: full, exclude: first}"])
+    assert full.exit_code == 2 and "has no meaning for 'full'" in full.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import finetooth
 from finetooth import Delta, DeltaError, Unit, WrongBase, merge
+from finetooth.base import Base
 from finetooth.kernels import reference
 
 from .models import SHAPES, UNITS, Weights, applied, base, delta
@@ -245,3 +247,29 @@ def test_arguments_that_make_no_sense(options: dict[str, Any], says: str) -> Non
     a = delta(weights, {"norm.weight": (Unit(), [0])}, 1)
     with pytest.raises(DeltaError, match=says):
         finetooth.merge([a, a], weights, **options)
+
+
+def test_one_tensor_of_the_base_is_alive_at_a_time() -> None:
+    class Counted(Base):
+        alive, most = 0, 0
+
+        def names(self) -> list[str]:
+            return [f"w{i}" for i in range(8)]
+
+        def tensor(self, name: str) -> Tensor:
+            t = torch.zeros(64)
+            weakref.finalize(t, self.gone)
+            self.alive += 1
+            self.most = max(self.most, self.alive)
+            return t
+
+        def gone(self) -> None:
+            self.alive -= 1
+
+    weights = {f"w{i}": torch.zeros(64) for i in range(8)}
+    parts = [Delta.extract({n: t + (torch.arange(64) == k) for n, t in weights.items()}, weights) for k in (1, 2)]
+    for how in DENSE:
+        counted = Counted()
+        merged = merge(parts, counted, how, **({"density": 1.0} if how in ("ties", "dare") else {}))  # type: ignore[arg-type]
+        assert sum(c.changed for c in merged.changes.values()) == 16
+        assert counted.most <= 3  # the last one, the one being read, and a second name of it
