@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -112,4 +112,4 @@ def trim(delta: Given, base: Any, keep: float | int = 0.5, by: Literal["file", "
         if change is not None:
             changes[step.name] = change
     recipe = {"trim": {"keep": keep, "by": by, "of": described(whole, named(delta))}}
-    return replace(whole, changes=changes, recipe=recipe, _before={})
+    return Delta(changes, whole.tied, whole.base, whole.method, recipe)

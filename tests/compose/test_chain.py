@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from finetooth import Delta, DeltaError, Unit, WrongBase, compose, link, merge
 from finetooth.delta import apply_folder
 
+from ..format.deltas import rewrite
 from .models import Weights, applied, base, delta
 
 A, B, N = "model.layers.0.a.weight", "model.layers.1.b.weight", "norm.weight"
@@ -95,3 +97,16 @@ def test_a_folder_is_checked_too(tmp_path: Path) -> None:
     assert two.verify(tmp_path / "two") == "applied"
     one_step = compose([one, two], tmp_path / "base")
     assert one_step.verify(tmp_path / "two") == "applied"
+
+
+@pytest.mark.parametrize("after", ["[]", '{"w": 1}', '{"w": "sha256:0"}', '"w"'])
+def test_a_note_that_is_none_is_refused(after: str, tmp_path: Path) -> None:
+    first = base(torch.float32)
+    delta(first, {A: (Unit(), [1, 5])}, 1).save(tmp_path / "d")
+
+    def lie(header: Any, entries: Any, data: Any) -> None:
+        header["__metadata__"]["base"] = header["__metadata__"]["base"][:-1] + f',"after":{after}}}'
+
+    rewrite(tmp_path / "d", lie)
+    with pytest.raises(DeltaError, match="after"):
+        Delta.load(tmp_path / "d")
