@@ -118,6 +118,14 @@ def check_parts(rule: Rule | None, rest: Rest, parts: Iterable[Part], classes_kn
             )
 
 
+def check_excluded(rule: Rule | None, known: Mapping[str, Tensor]) -> None:
+    """Excluded entries of tensors that are not there, or that do not have them."""
+    for name, entries in rule.exclude.items() if rule is not None else ():
+        n = known[name].numel() if name in known else 0
+        if name not in known or (entries.numel() and not 0 <= int(entries.min()) <= int(entries.max()) < n):
+            raise ValueError(f"exclude names entries of {name!r} that this model does not have: {n} are there.")
+
+
 def check_shards(trained: Mapping[str, Tensor], moments: str) -> None:
     """Sharded parameters among others, or with state that cannot be cut."""
     whole = [name for name, p in trained.items() if shards.cut(name, p) is None]

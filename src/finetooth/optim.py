@@ -32,6 +32,7 @@ from finetooth import shards
 from finetooth.anatomy import guess, matching, survey, tied
 from finetooth.checks import (
     check_choice,
+    check_excluded,
     check_named,
     check_parameter,
     check_parts,
@@ -113,6 +114,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         ):
             check_choice(word, value)
         check_together(rule, when, rest or frozen(), state, mask)
+        check_excluded(rule, given)
         check_backend(kernels)
         check_moments(moments)
         self.rule, self.when, self.rest = rule, when, rest or frozen()

@@ -145,5 +145,9 @@ def test_what_cannot_be_done_is_refused() -> None:
     weights = snapshot(Toy())
     with pytest.raises(ValueError, match="smaller unit"):
         build("random", Toy(), exclude=Delta.extract({n: t + 1 for n, t in weights.items()}, weights))
+    for odd in ({"nothing": torch.tensor([0])}, {"weight": torch.tensor([4])}):
+        rule = finetooth.Rule(finetooth.METHODS["random"].rule.score, targets="all", exclude=odd)  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match="that this model does not have"):
+            finetooth.SelectiveAdamW(torch.nn.Linear(2, 2).named_parameters(), rule)
     with pytest.raises(FileNotFoundError):
         build("grad", Toy(), exclude="nowhere.safetensors")
