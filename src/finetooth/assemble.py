@@ -14,8 +14,10 @@ from finetooth import shards
 from finetooth.anatomy import Part, Targets, matching, survey
 from finetooth.base import open_base
 from finetooth.checks import check_choice, check_together
+from finetooth.exclude import excluded
 from finetooth.gradients import remove_gradients
 from finetooth.methods import METHODS, Method
+from finetooth.moves import Given
 from finetooth.noise import remove_noise
 from finetooth.optim import SelectiveAdamW
 from finetooth.probe import calibrate
@@ -44,6 +46,7 @@ def build(
     rounding: Literal["auto", "stochastic", "nearest"] = "auto",
     calibration: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
     base: Any = None,
+    exclude: Given | Iterable[Given] | None = None,
     **overrides: Any,
 ) -> SelectiveAdamW:
     """Make the optimizer of a named method, or of your own score, for a model.
@@ -59,6 +62,8 @@ def build(
         base: folder, hub id or state dict of the pretrained values. Rows that train whole tensors read it when a delta
             is extracted, and check that it is what the model was at the start. Default: for those rows, the folder
             that transformers loaded the model from.
+        exclude: deltas, or files of them, whose entries must not train: a unit that holds one is never chosen, at any
+            step, so that the new delta can be merged with them without a conflict. Not for `full`.
         overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
             (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after,
             kernels, moments. Choices may be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model",
@@ -86,6 +91,7 @@ def build(
             rounding=rounding,
             calibration=calibration,
             base=base,
+            exclude=exclude,
             **overrides,
         )
     )
@@ -100,6 +106,7 @@ def arranged(
     gradients: str = "auto",
     calibration: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
     base: Any = None,
+    exclude: Given | Iterable[Given] | None = None,
     **given: Any,
 ) -> dict[str, Any]:
     """The arguments of `SelectiveAdamW` that `build` makes of its own; calibration happens here.
@@ -111,7 +118,10 @@ def arranged(
     overrides = {name: value for name, value in given.items() if name not in _PLAIN}
     _check_names(row, overrides, _OPTIMIZER)
     check_choice("gradients", gradients)
+    _check_exclude(row, exclude)
     row, rule = _configured(row, survey(model), keep, targets, overrides)
+    if exclude is not None and rule is not None:
+        rule = replace(rule, exclude=excluded(exclude, model))
     stats = None
     if row.calibration and (calibration is not None or row.calibration != ("grad",)):
         if calibration is None:
@@ -159,6 +169,7 @@ def check_options(
     options: Mapping[str, Any],
     keep: float | int | Mapping[str, float | int] | None = None,
     targets: Targets | None = None,
+    exclude: Given | Iterable[Given] | None = None,
 ) -> None:
     """Raise ValueError for an unknown method, option or value, and for choices that contradict each other.
 
@@ -166,6 +177,7 @@ def check_options(
     """
     row = _row(method)
     _check_names(row, options, ())
+    _check_exclude(row, exclude)
     row, rule = _configured(row, None, keep, targets, options)
     check_choice("state", row.state)
     check_choice("mask", row.mask)
@@ -192,6 +204,14 @@ def _check_names(row: Method, overrides: Mapping[str, Any], more: tuple[str, ...
             near = difflib.get_close_matches(name, known, 1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name!r} is not an option of {row.name!r}.{hint} There are: {', '.join(known)}.")
+
+
+def _check_exclude(row: Method, exclude: object) -> None:
+    if exclude is not None and row.rule is None:
+        raise ValueError(
+            f"exclude= has no meaning for {row.name!r}, which trains every weight that takes part. To train all but what another "
+            "delta changes, choose 'random' with keep=1.0 and targets='all'."
+        )
 
 
 def _configured(

@@ -74,6 +74,10 @@ def check_together(rule: Rule | None, when: When, rest: Rest, state: str, mask: 
         raise ValueError(f"rest={kind}(...) needs a selection made once, with compact state.")
     if rule is None:
         return
+    if rule.exclude and kind == "quantized":
+        raise ValueError(
+            "rest=quantized(...) rewrites what does not train, and so what exclude= is to leave alone: choose frozen."
+        )
     if rule.keep == 0:
         raise ValueError("keep=0 selects nothing: nothing would train.")
     if isinstance(rule.keep, float) and rule.keep < 1 and rule.pool in ONE_UNIT.get(rule.unit.kind, ()):
@@ -112,6 +116,14 @@ def check_parts(rule: Rule | None, rest: Rest, parts: Iterable[Part], classes_kn
                 f"rest={rest.kind}(...) acts on linear layers, and {part.name!r} is of kind {part.kind}: "
                 "choose targets='dense-linear'."
             )
+
+
+def check_excluded(rule: Rule | None, known: Mapping[str, Tensor]) -> None:
+    """Excluded entries of tensors that are not there, or that do not have them."""
+    for name, entries in rule.exclude.items() if rule is not None else ():
+        n = known[name].numel() if name in known else 0
+        if name not in known or (entries.numel() and not 0 <= int(entries.min()) <= int(entries.max()) < n):
+            raise ValueError(f"exclude names entries of {name!r} that this model does not have: {n} are there.")
 
 
 def check_shards(trained: Mapping[str, Tensor], moments: str) -> None:

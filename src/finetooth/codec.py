@@ -87,12 +87,14 @@ class Change:
 @dataclass(frozen=True)
 class Origin:
     """What a delta belongs to. `weights` is how many the whole base has; `tuned` marks an inverse, whose base
-    is the tuned model."""
+    is the tuned model; `after` has the fingerprints of tensors that earlier deltas of a chain changed and this one
+    does not."""
 
     id: str | None = None
     revision: str | None = None
     weights: int | None = None
     tuned: bool = False
+    after: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         name = self.id or "a base without a name"
@@ -290,7 +292,7 @@ def _metadata(parts: Parts, entries: dict[str, Any]) -> dict[str, str]:
         "format": FORMAT,
         "version": "1" if plain else str(VERSION),
         "library": parts.library,
-        "base": _dumps(asdict(parts.base)),
+        "base": _dumps({k: v for k, v in asdict(parts.base).items() if k != "after" or v}),
         "method": _dumps(parts.method),
         "recipe": _dumps(parts.recipe),
         "tensors": _dumps(entries),

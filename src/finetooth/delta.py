@@ -237,6 +237,7 @@ class Delta:
         if quick:
             fit.require_quick(parts)
         with held.opened():
+            fit.require_after({} if quick else self.base.after, held)
             for name, where in fit.places(parts, held).items():
                 c = self.changes[name]
                 for n in reversed(where):
@@ -294,6 +295,7 @@ def apply_folder(
     inverse = None if inverse is None else Path(inverse)
     with open_base(src).opened() as held, codec.kept(inverse) as (add, finish):
         parts, where = delta._parts(), fit.places(delta._parts(), held)
+        fit.require_after({} if quick else delta.base.after, held)
         owner = {place: name for name, places in where.items() for place in places}
 
         def new_bytes(place: str) -> memoryview:

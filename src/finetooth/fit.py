@@ -9,6 +9,7 @@ does not touch is another one, nor that an index was changed where the old value
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal, NoReturn
 
@@ -103,6 +104,18 @@ def promised(name: str, change: Change, old: Tensor, t: Tensor | None) -> Tensor
     if found != expected:
         raise DeltaError(f"the values of '{name}' do not give the tensor that the delta promises ({expected}).")
     return new
+
+
+def require_after(after: Mapping[str, str], held: Base) -> None:
+    """DeltaError unless `held` has the tensors that the earlier deltas of a chain left (`Origin.after`)."""
+    there = set(held.names())
+    for name, expected in after.items():
+        found = fingerprint(held.tensor(name)) if name in there else "no such tensor"
+        if found != expected:
+            raise DeltaError(
+                f"this delta was made on top of others, and '{name}' is not as they leave it: expected {expected}, found "
+                f"{found}. Apply the chain in its order: finetooth delta apply BASE FIRST SECOND …"
+            )
 
 
 def verify(parts: Parts, held: Base, quick: bool) -> State:

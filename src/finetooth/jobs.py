@@ -82,7 +82,7 @@ def check_method(part: MethodPart) -> None:
     for pool, share in (part.keep if isinstance(part.keep, dict) else {"": part.keep}).items():
         if share is not None:
             check_keep(share, f"method.keep[{pool!r}]" if pool else "method.keep")
-    check_options(part.name, options, keep=part.keep, targets=part.targets)
+    check_options(part.name, options, keep=part.keep, targets=part.targets, exclude=part.exclude)
 
 
 def check_evaluation(recipe: Recipe) -> None:
@@ -155,6 +155,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "lr": rate.lr,
         "keep": method.keep,
         "targets": method.targets,
+        "exclude": method.exclude,
         "weight_decay": rate.weight_decay,
         "max_grad_norm": rate.max_grad_norm,
         "betas": rate.betas,

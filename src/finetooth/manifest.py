@@ -126,7 +126,10 @@ def origin(metadata: Mapping[str, str]) -> Origin:
     texts = all(text is None or isinstance(text, str) for text in (id, revision))
     if not texts or not (weights is None or (type(weights) is int and weights >= 0)) or type(tuned) is not bool:
         raise DeltaError(f"base is {base}: expected id, revision, weights and tuned.")
-    return Origin(id, revision, weights, tuned)
+    after = base.get("after", {})
+    if not isinstance(after, dict) or not all(isinstance(p, str) and _FINGERPRINT.fullmatch(p) for p in after.values()):
+        raise DeltaError(f"base has after={after!r}: expected names and fingerprints, sha256:<64 hex digits>.")
+    return Origin(id, revision, weights, tuned, after)
 
 
 def tied(metadata: Mapping[str, str], changes: Mapping[str, Any]) -> dict[str, str]:

@@ -32,6 +32,7 @@ from finetooth import shards
 from finetooth.anatomy import guess, matching, survey, tied
 from finetooth.checks import (
     check_choice,
+    check_excluded,
     check_named,
     check_parameter,
     check_parts,
@@ -113,6 +114,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         ):
             check_choice(word, value)
         check_together(rule, when, rest or frozen(), state, mask)
+        check_excluded(rule, given)
         check_backend(kernels)
         check_moments(moments)
         self.rule, self.when, self.rest = rule, when, rest or frozen()
@@ -240,7 +242,8 @@ class SelectiveAdamW(ChoosingOptimizer):
         elif self._mask == "update" and self.rule is not None:
             self._step_update(live, grads)
         else:
-            self._step_gradient(live, grads)
+            with self._kept(live):
+                self._step_gradient(live, grads)
         return True
 
     def _step_compact(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
@@ -262,7 +265,7 @@ class SelectiveAdamW(ChoosingOptimizer):
     def _by_threshold(self) -> bool:
         """Whether this step and the next mask by the magnitude of the gradient, which needs no list of what is chosen."""
         rule = self.rule
-        if rule is None or self._compact or self._to_base or self.rest.kind != "frozen":
+        if rule is None or rule.exclude or self._compact or self._to_base or self.rest.kind != "frozen":
             return False
         gmt = rule.threshold and rule.unit.kind == "element" and rule.score is gradient
         return gmt and self.when(self.steps) and self.when(self.steps + 1)

@@ -37,6 +37,7 @@ class MethodPart(_Part):
     name: str = "gmt"
     keep: float | int | dict[str, float | int] | None = None
     targets: str | list[str] | None = None  # all, blocks, linear, dense-linear, or patterns of parameter names
+    exclude: str | list[str] | None = None  # deltas whose entries must not train: files, run folders, hub ids
     calibration_rows: int = Field(256, ge=1)  # rows of the training data that a calibrated row may look at
 
     @field_validator("keep", mode="before")
@@ -135,8 +136,11 @@ class Recipe(_Part):
     def public(self) -> Recipe:
         """The recipe for others to read: of a whole path the last part, as the rest tells about this machine only."""
         data, evaluate = self.data, self.evaluate
+        exclude = self.method.exclude
+        named = [_shown(path) for path in exclude] if isinstance(exclude, list) else _shown(exclude)
         shown = {
             "model": _shown(self.model),
+            "method": self.method.model_copy(update={"exclude": named}),
             "data": data.model_copy(update={"train": _shown(data.train), "eval": _shown(data.eval)}),
             "evaluate": evaluate.model_copy(update={"forgetting": _shown(evaluate.forgetting)}),
             "output": _shown(self.output),
@@ -224,6 +228,7 @@ def located(recipe: Recipe, folder: Path) -> Recipe:
     data, evaluate = recipe.data, recipe.evaluate
     found = {
         "model": _model(recipe.model, folder),
+        "method": recipe.method.model_copy(update={"exclude": _deltas(recipe.method.exclude, folder)}),
         "data": data.model_copy(
             update={"train": _file("data.train", data.train, folder), "eval": _file("data.eval", data.eval, folder)}
         ),
@@ -260,6 +265,20 @@ def _file(key: str, given: str | None, folder: Path) -> str | None:
     if not file.is_file():
         raise RecipeError(f"{key}: there is no file {file}.")
     return str(file)
+
+
+def _deltas(given: str | list[str] | None, folder: Path) -> str | list[str] | None:
+    if given is None:
+        return None
+    if isinstance(given, list):
+        return [str(_deltas(one, folder)) for one in given]
+    text = _expanded("method.exclude", given)
+    local = _whole(folder / Path(text).expanduser())
+    if local.exists():
+        return str(local)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
+        return text  # a hub id
+    raise RecipeError(f"method.exclude: {given!r} is neither a delta file or run folder ({local}) nor a hub id.")
 
 
 def _model(given: str, folder: Path) -> str:

@@ -38,8 +38,9 @@ LEVELS = (
         "reverted",
         "reference",
         "shira",
-    },
-    {"methods", "spelled", "assemble"},
+    }
+    | {"moves", "merging", "conflicting", "contrast", "chain", "switch"},
+    {"methods", "spelled", "exclude", "assemble"},
     {"recipe", "embedded", "data", "answers"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"generated"}

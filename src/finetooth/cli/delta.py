@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetooth.cli import show
+from finetooth.cli import compose, show
 
 if TYPE_CHECKING:
     from finetooth.delta import Delta
 
 app = typer.Typer(
     name="delta",
-    help="Take, apply, check and take off what a fine-tune changed.",
+    help="Take, apply, check, merge and take off what a fine-tune changed.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -83,19 +83,24 @@ def extract(
 @app.command()
 def apply(
     base: Annotated[str, typer.Argument(help="The checkpoint that DELTA was made for: a folder or a hub id.")],
-    delta: DeltaFile,
+    delta: compose.Deltas,
     out: Out,
     inverse: Annotated[Path | None, typer.Option(help="Write the inverse delta here; applying it gives BASE.")] = None,
     quick: Quick = False,
     as_json: Json = False,
 ) -> None:
-    """Write a checkpoint folder that is BASE with DELTA applied."""
+    """Write a checkpoint folder that is BASE with DELTA applied.
+
+    Several deltas are a chain: each must have been made on top of those before it, which is checked first. Deltas that were
+    made on the same base are merged (`finetooth delta merge`).
+    """
     with _clean_errors():
         if inverse is not None and inverse.exists():
             raise FileExistsError(f"{inverse} exists: give another name for the inverse delta.")
+        from finetooth.chain import compose as composed
         from finetooth.delta import apply_folder
 
-        change = _load(delta)
+        change = _load(delta[0]) if len(delta) == 1 else composed(delta, base)
         apply_folder(base, out, change, inverse=inverse, quick=quick)
         show.facts({"folder": str(out), "state": "applied", **_counts(change)}, as_json, "applied")
 
@@ -218,6 +223,10 @@ def export(
 
             found = shira.write(change, base, to)
         show.facts({"folder": str(to), "form": str(form), **_counts(change), **found}, as_json, "exported")
+
+
+for verb in (compose.merge, compose.conflicts, compose.diff, compose.trim, compose.compose, compose.link):
+    app.command()(verb)
 
 
 def _extracted(base: str, tuned: str, method: str | None, out: Path, steps: bool) -> Delta:

@@ -179,6 +179,45 @@ def preview(found: dict[str, Any], as_json: bool) -> None:
         console.print(Text(f"note: {remark}"))
 
 
+def conflicts(found: dict[str, Any], as_json: bool, tensors: bool) -> None:
+    """What several deltas change in common, by layer or by tensor; what is free of it is one line."""
+    if as_json:
+        _json(found)
+        return
+    table = Table(title="conflicts", title_justify="left")
+    table.add_column("tensor" if tensors else "layer", overflow="fold")
+    for name in (found["counted"], "by several", "share", "opposed"):
+        table.add_column(name, justify="right")
+    rows, free = found["tensors" if tensors else "layers"], 0
+    for row in (*rows, {**found, "name": "all"}):
+        if row["overlap"] or row["name"] == "all":
+            opposed = "–" if row["opposed"] is None else f"{row['opposed']:,}"
+            table.add_row(
+                Text(row["name"]), f"{row['changed']:,}", f"{row['overlap']:,}", f"{row['share']:.2%}", opposed
+            )
+        else:
+            free += 1
+    console = Console(file=sys.stdout)
+    console.print(table)
+    if free:
+        console.print(f"{free} more without any")
+
+
+def contrast(found: dict[str, Any], as_json: bool) -> None:
+    """Two deltas side by side, tensor by tensor."""
+    if as_json:
+        _json(found)
+        return
+    table = Table(title=f"entries {found['counted']}", title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    for name in ("A only", "B only", "both, equal", "both, different", "cosine"):
+        table.add_column(name, justify="right")
+    for row in (*found["tensors"], {**found, "name": "all"}):
+        counts = [f"{row[key]:,}" for key in ("first", "second", "same", "different")]
+        table.add_row(Text(row["name"]), *counts, figure(row["cosine"]))
+    Console(file=sys.stdout).print(table)
+
+
 def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
     """Names and values, as a table or as JSON on stdout."""
     if as_json:
