@@ -67,7 +67,7 @@ def check_live_rates(groups: Iterable[Mapping[str, Any]]) -> None:
             raise ValueError(f"lr={float(group['lr'])} at this step: a schedule has set it, and nothing was written.")
 
 
-def check_finite(weights: Mapping[str, Tensor], sharded: bool) -> None:
+def check_finite(weights: Mapping[str, Tensor], sharded: bool = False) -> None:
     """Weights that are no numbers, on any rank: what they make of the loss would be blamed on the data."""
     held = {n: shards.local(p) for n, p in weights.items()}
     floats = {n: p for n, p in held.items() if p.is_floating_point() and p.element_size() > 1 and not p.is_meta}

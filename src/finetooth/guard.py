@@ -69,7 +69,9 @@ class Guard:
         found = shards.counts([int(bad) for bad in mine], device).any(0).nonzero()
         if len(found):
             return f"the first bad tensor is {self.names[int(found[0])]!r}"
-        largest = max(grads, key=lambda name: float(grads[name].abs().max()) if grads[name].numel() else 0.0, default=None)
+        largest = max(
+            grads, key=lambda name: float(grads[name].abs().max()) if grads[name].numel() else 0.0, default=None
+        )
         return (
             f"their norm of {self.total:.1e} is too large to be squared, and max_grad_norm does not clip it; the largest "
             f"entry is in {largest!r}"

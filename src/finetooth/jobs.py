@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetooth import answers, checkpoint, evaluate, overlap, reporting, run
 from finetooth.assemble import build, check_options, loaded_from
+from finetooth.checks import check_finite
 from finetooth.data import DataError, Prepared, documents, prepare
 from finetooth.methods import METHODS
 from finetooth.moments import check as check_moments
@@ -115,6 +116,7 @@ def load(recipe: Recipe, folder: Path, training: bool = True) -> Job:
     general = documents(recipe.evaluate.forgetting) if recipe.evaluate.forgetting else []
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    check_finite(dict(model.named_parameters()))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Job(recipe, folder, tokenizer, learn, test, general, model.to(device))
 

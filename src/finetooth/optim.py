@@ -15,7 +15,6 @@ Low-precision weights: compact state holds float32 masters; dense updates are ro
 of (seed, name, step, position). rounding="nearest" is an explicit choice.
 
 Of sharded parameters (FSDP2) a step is made on the rows that this rank holds; norms and thresholds are those of all ranks.
-
 Not covered: sparse gradients, closures that are called more than once.
 """
 
@@ -168,11 +167,8 @@ class SelectiveAdamW(ChoosingOptimizer):
 
     def _refuse_rehearsal(self, grads: Mapping[str, Tensor]) -> None:
         """torch.distributed.checkpoint steps with no gradients at all to make an optimizer fill its `state`, and saves that."""
-        if (
-            not grads
-            or any(float(group["lr"]) for group in self.param_groups)
-            or any(bool(g.any()) for g in grads.values())
-        ):
+        moves = any(float(group["lr"]) for group in self.param_groups)
+        if not grads or moves or any(bool(g.any()) for g in grads.values()):
             return
         raise RuntimeError(
             "a step of lr 0 with gradients that are all 0: that is torch.distributed.checkpoint (accelerate's save_state under FSDP), "
@@ -192,6 +188,11 @@ class SelectiveAdamW(ChoosingOptimizer):
     def _load_extra_state(self, extra: dict[str, Any]) -> None:
         super()._load_extra_state(extra)
         self._guard.restore(extra["guard"])
+
+    @property
+    def bad_steps(self) -> int:
+        """How many steps in a row, up to the last one, wrote nothing, as a gradient was not finite."""
+        return self._guard.bad
 
     @property
     def grad_norm(self) -> float:
@@ -248,7 +249,8 @@ class SelectiveAdamW(ChoosingOptimizer):
 
     def _step_compact(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor], loss: float) -> bool:
         """The chosen entries; a gradient elsewhere is not used, unless this step selects by it."""
-        gathered = set(self._gradients.chosen) if self._gradients is not None and not self._gradients.paused else set()
+        routed = self._gradients
+        gathered = set() if routed is None or routed.paused else set(routed.chosen)
         if self._selects():
             if not self._guard.passes(grads, self._norm(grads.values()), loss):
                 return False
@@ -257,8 +259,7 @@ class SelectiveAdamW(ChoosingOptimizer):
             if self.when is once and not self.steps:
                 self._take_prints()
         chosen = {n: s for n in live if (s := self._slots[n].selection) is not None and len(s)}
-        as_is = gathered | {n for n, s in chosen.items() if s.unit.kind in WHOLE}
-        used = {n: grads[n] if n in as_is else s.gather(grads[n]) for n, s in chosen.items()}
+        used = {n: grads[n] if n in gathered or s.unit.kind in WHOLE else s.gather(grads[n]) for n, s in chosen.items()}
         total = self._norm(used.values())
         if not self._guard.passes(used, total, loss):
             return False

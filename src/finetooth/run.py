@@ -22,6 +22,7 @@ from typing import Any
 
 from finetooth import saved
 from finetooth.files import NotWritten, whole
+from finetooth.guard import NonFiniteError
 from finetooth.recipe import Recipe, RecipeError
 
 CHECKPOINTS = "checkpoints"
@@ -78,13 +79,19 @@ def _other_environment(folder: Path) -> list[str]:
 
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """A full disk ends a run with what is left of it, and how to go on."""
+    """A full disk, or gradients that are not finite, end a run with what is left of it, and how to go on."""
     try:
         yield
     except NotWritten as error:
-        last = saved.newest(folder / CHECKPOINTS)
-        left = "There is no checkpoint yet." if last is None else f"The last complete checkpoint is {last}."
-        raise NotWritten(f"{error} {left} Make room and run the same command with --resume.") from error
+        raise NotWritten(f"{error} {_left(folder)} Make room and run the same command with --resume.") from error
+    except NonFiniteError as error:
+        more = "Go on from it with --resume once the data is mended; for another learning rate start a new run."
+        raise NonFiniteError(f"{error} {_left(folder)} {more}") from error
+
+
+def _left(folder: Path) -> str:
+    last = saved.newest(folder / CHECKPOINTS)
+    return "There is no checkpoint yet." if last is None else f"The last complete checkpoint is {last}."
 
 
 def _same(recipe: Recipe, folder: Path) -> None:
