@@ -16,6 +16,7 @@ from torch import Tensor
 from finetooth import shards
 from finetooth.anatomy import Part
 from finetooth.gradients import ROUTES
+from finetooth.nearest import hint
 from finetooth.rest import Rest
 from finetooth.rule import Rule, by_tensor, layer, stem
 from finetooth.when import When, once
@@ -85,7 +86,8 @@ def check_finite(weights: Mapping[str, Tensor], sharded: bool = False) -> None:
 def check_choice(name: str, given: str) -> None:
     """One word of `CHOICES`."""
     if given not in CHOICES[name]:
-        raise ValueError(f"{name}={given!r} is unknown: choose one of {', '.join(CHOICES[name])}.")
+        near = hint(given, CHOICES[name])
+        raise ValueError(f"{name}={given!r} is unknown: choose one of {', '.join(CHOICES[name])}.{near}")
 
 
 def check_together(rule: Rule | None, when: When, rest: Rest, state: str, mask: str) -> None:

@@ -11,11 +11,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from finetooth import answers, checkpoint, evaluate, overlap, reporting, run
+from finetooth.anatomy import TARGETS
 from finetooth.assemble import build, check_options, loaded_from
 from finetooth.checks import check_finite
 from finetooth.data import DataError, Prepared, documents, prepare
 from finetooth.methods import METHODS
 from finetooth.moments import check as check_moments
+from finetooth.nearest import hint
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import MethodPart, Recipe, RecipeError
 from finetooth.rule import check_keep
@@ -83,7 +85,14 @@ def check_method(part: MethodPart) -> None:
     for pool, share in (part.keep if isinstance(part.keep, dict) else {"": part.keep}).items():
         if share is not None:
             check_keep(share, f"method.keep[{pool!r}]" if pool else "method.keep")
-    check_options(part.name, options, keep=part.keep, targets=part.targets)
+    for pattern in [part.targets] if isinstance(part.targets, str) else part.targets or ():
+        if pattern not in TARGETS and not set(pattern) & set(".*?["):  # every parameter's name has a dot
+            raise RecipeError(
+                f"method.targets={pattern!r}: expected {', '.join(TARGETS)}, or patterns of parameter names such as '*.mlp.*'."
+                f"{hint(pattern, TARGETS)}"
+            )
+    named = [name for name in MethodPart.model_fields if name not in options]
+    check_options(part.name, options, part.keep, part.targets, named, "method.")
 
 
 def check_evaluation(recipe: Recipe) -> None:

@@ -89,7 +89,7 @@ def test_an_unmodified_trainer(row: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", ["full", "gmt", "dst", "magnitude"])
 def test_an_unmodified_trainer_stops(row: str, tmp_path: Path) -> None:
-    model, opt, error = trained(row, [False, False, True, True, True, False], tmp_path)
+    model, _, error = trained(row, [False, False, True, True, True, False], tmp_path)
     assert isinstance(error, NonFiniteError) and "first bad tensor is 'model." in str(error)
     last = finetooth.last_good(tmp_path)
     assert last is not None and last.name == "checkpoint-4"

@@ -21,7 +21,7 @@ PACKAGE = SRC / "finetooth"
 
 # From low to high. A module may import its own level and those below; a cycle is never allowed.
 LEVELS = (
-    {"units", "kernels", "shards", "quantize", "files"},
+    {"units", "kernels", "shards", "quantize", "files", "nearest", "schema"},
     {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
