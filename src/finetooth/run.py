@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -35,9 +36,12 @@ LIBRARIES = (
 def check(recipe: Recipe, resume: bool) -> None:
     """Raise RecipeError if the output folder is in use, or holds no run that could be resumed."""
     folder = Path(recipe.output)
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        raise RecipeError(f"output={folder}: {there} is a file: give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"output={folder}: {there} may not be written to: give another folder.")
     used = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"output={folder} is a file: give a folder.")
     if used and not resume:
         raise RecipeError(f"output={folder} is not empty: give another folder, or --resume to continue the run in it.")
     if resume:

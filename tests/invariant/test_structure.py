@@ -27,7 +27,7 @@ LEVELS = (
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
     | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
     {"methods", "spelled", "assemble"},
-    {"recipe", "embedded", "data", "answers"},
+    {"recipe", "embedded", "data", "answers", "pretrained"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
