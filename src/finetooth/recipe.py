@@ -172,8 +172,8 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, apply `a.b=c` overrides, resolve its paths and check that they exist."""
     file = Path(path)
     if not file.is_file():
-        what = "it is a folder: give the YAML file in it" if file.is_dir() else "there is no such file"
-        raise RecipeError(f"{file} is not a recipe: {what}.")
+        hint = ", which is a folder: give the YAML file in it" if file.is_dir() else ""
+        raise RecipeError(f"there is no recipe {file}{hint}.")
     try:
         raw = yaml.load(file.read_text(encoding="utf-8-sig"), _Once)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

@@ -6,7 +6,7 @@ Every function here takes the thing itself or its word, and raises ValueError wi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from finetooth import rest, scores, when
@@ -52,9 +52,14 @@ def choice(name: str, given: Any) -> Any:
 
 def _check_kind(name: str, given: Any) -> None:
     """What is no word must be the thing itself."""
-    kinds = {"unit": (Unit, UNITS), "rest": (rest.Rest, RESTS), "threshold": (bool, ("true", "false"))}
-    kind, known = kinds.get(name, (Callable, {"pool": POOLS, "score": SCORES, "when": WHENS}.get(name)))
-    if known is not None and not isinstance(given, kind):  # type: ignore[arg-type]
+    kinds: dict[str, tuple[Any, Iterable[str]]] = {
+        "unit": (Unit, UNITS),
+        "rest": (rest.Rest, RESTS),
+        "threshold": (bool, ("true", "false")),
+    }
+    kinds |= {"pool": (Callable, POOLS), "score": (Callable, SCORES), "when": (Callable, WHENS)}
+    kind, known = kinds.get(name, (object, ()))
+    if not isinstance(given, kind):
         raise ValueError(f"{name}={given!r}: expected one of {', '.join(known)}.")
 
 

@@ -147,8 +147,8 @@ BAD: dict[str, tuple[Spoil, str, int]] = {
         2,
     ),
     "a folder as data": (lambda p: p.recipe(data={"train": "."}), "there is no file", 2),
-    "a folder as recipe": (lambda p: [p.folder], "is not a recipe: it is a folder", 2),
-    "no recipe": (lambda p: [p.folder / "none.yaml"], "is not a recipe: there is no such file", 2),
+    "a folder as recipe": (lambda p: [p.folder], "which is a folder: give the YAML file in it", 2),
+    "no recipe": (lambda p: [p.folder / "none.yaml"], "there is no recipe", 2),
     "a binary as recipe": (lambda p: [embedded.path("banking77/train")], "is not YAML", 2),
     "prompts longer than max_length": (
         lambda p: p.recipe(train={"max_length": 4}),

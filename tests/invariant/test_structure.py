@@ -28,7 +28,20 @@ LEVELS = (
     | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data", "answers", "pretrained"},
-    {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
+    {
+        "jobs",
+        "measure",
+        "train",
+        "trainer",
+        "run",
+        "evaluate",
+        "preview",
+        "report",
+        "hf",
+        "generated",
+        "settings",
+        "reporting",
+    }
     | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
