@@ -15,7 +15,7 @@ RATIO = 0.5  # of a word that is more than one letter away
 def nearest(given: str, known: Iterable[str]) -> str | None:
     """The nearest of some words, None if none is near.
 
-    >>> nearest("l", ["lr", "eps"]), nearest("btach_size", ["batch_size", "seed"]), nearest("colour", ["lr", "eps"])
+    >>> nearest("l", ["lr", "eps"]), nearest("btach_size", ["batch_size", "seed"]), nearest("wd", ["lr", "eps"])
     ('lr', 'batch_size', None)
     """
     ranked = [(distance(given, word), -difflib.SequenceMatcher(None, given, word).ratio(), word) for word in known]
