@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from finetooth.exclude import excluded
 from finetooth.gradients import remove_gradients
 from finetooth.methods import METHODS, Method
 from finetooth.moves import Given
+from finetooth.nearest import hint
 from finetooth.noise import remove_noise
 from finetooth.optim import SelectiveAdamW
 from finetooth.probe import calibrate
@@ -116,7 +117,7 @@ def arranged(
     shards.reshard(model)
     row, plain = _row(method), {name: value for name, value in given.items() if name in _PLAIN}
     overrides = {name: value for name, value in given.items() if name not in _PLAIN}
-    _check_names(row, overrides, _OPTIMIZER)
+    _check_names(row, overrides, _OPTIMIZER, inspect.signature(build).parameters)
     check_choice("gradients", gradients)
     _check_exclude(row, exclude)
     row, rule = _configured(row, survey(model), keep, targets, overrides)
@@ -170,13 +171,16 @@ def check_options(
     keep: float | int | Mapping[str, float | int] | None = None,
     targets: Targets | None = None,
     exclude: Given | Iterable[Given] | None = None,
+    named: Iterable[str] = (),
+    place: str = "",
 ) -> None:
     """Raise ValueError for an unknown method, option or value, and for choices that contradict each other.
 
-    It says before a model is loaded what `build` would say after.
+    It says before a model is loaded what `build` would say after. named: other keys beside `options`, and place: what stands
+    before them, for the error.
     """
     row = _row(method)
-    _check_names(row, options, ())
+    _check_names(row, options, (), named, place)
     _check_exclude(row, exclude)
     row, rule = _configured(row, None, keep, targets, options)
     check_choice("state", row.state)
@@ -191,19 +195,21 @@ def _row(method: str | Score | Method) -> Method:
         name = getattr(method, "__name__", "own")
         return Method(name, "A user's own score.", "", Rule(method))
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"method {method!r} is unknown.{hint} There are: {', '.join(METHODS)}.")
+        raise ValueError(f"method {method!r} is unknown.{hint(method, METHODS)} There are: {', '.join(METHODS)}.")
     return METHODS[method]
 
 
-def _check_names(row: Method, overrides: Mapping[str, Any], more: tuple[str, ...]) -> None:
+def _check_names(
+    row: Method, overrides: Mapping[str, Any], more: Iterable[str], named: Iterable[str] = (), place: str = ""
+) -> None:
+    """named: what may also be given, by a door of its own."""
     known = [*_RULE, *_ROW, *more, *row.options]
     for name in overrides:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{name!r} is not an option of {row.name!r}.{hint} There are: {', '.join(known)}.")
+            near = hint(name, [*known, *named])
+            raise ValueError(
+                f"{place}{name}: this is not an option of {row.name!r}.{near} There are: {', '.join(known)}."
+            )
 
 
 def _check_exclude(row: Method, exclude: object) -> None:
@@ -243,10 +249,24 @@ def _own_options(row: Method, overrides: Mapping[str, Any]) -> dict[str, Any]:
     if row.configure is None:
         return {}
     own = {**row.options, **{k: v for k, v in overrides.items() if k in row.options}}
+    for name, default in row.options.items():
+        _check_like(name, own[name], default)
     try:
         return row.configure(**own)
     except TypeError as error:
         raise ValueError(f"the options of {row.name!r} are {own}: {error}.") from error
+
+
+def _check_like(name: str, given: Any, default: Any) -> None:
+    """ValueError unless an option is of the kind that its default is: true or false, a whole number, or a number."""
+    if isinstance(default, bool):
+        good, kind = isinstance(given, bool), "true or false"
+    else:
+        number = (int,) if isinstance(default, int) else (int, float)
+        good = isinstance(given, number) and not isinstance(given, bool)
+        kind = "a whole number" if isinstance(default, int) else "a number"
+    if not good:
+        raise ValueError(f"{name}={given!r}: expected {kind}.")
 
 
 def _everything(w: Any) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetooth import pieces, shards
 from finetooth.anatomy import Part
-from finetooth.checks import check_shards
+from finetooth.checks import check_finite, check_shards
 from finetooth.gradients import Gradients, remove_gradients
 from finetooth.kernels import reference
 from finetooth.linear import Chosen, structured
@@ -64,6 +64,7 @@ class ChoosingOptimizer(SavedOptimizer):
             str, Any
         ] = {}  # what is in the model for as long as the optimizer lives; each can `remove`
         weakref.finalize(self, _take_out, self._attached)
+        self._check_weights()
         if self._model is not None:
             remove_noise(self._model)  # of an earlier optimizer
             remove_gradients(self._model)
@@ -100,6 +101,10 @@ class ChoosingOptimizer(SavedOptimizer):
         self._take_prints()
         if self._to_base and not self._knows_bases():
             raise ValueError('decay_to="base" needs the pretrained values of what trains: give base=.')
+
+    def _check_weights(self) -> None:
+        known = {n: p for n, p in [*self._parameters().items(), *self._others.items()] if p is not None}
+        check_finite(known, bool(self._cuts))
 
     def _live(self) -> dict[str, Tensor]:
         self._adopt()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
+from finetooth.nearest import hint
 from finetooth.units import Unit
 from finetooth.weight import Score
 
@@ -75,6 +77,14 @@ class Rule:
     targets: str | Iterable[str] | Callable[[str], bool] = "linear"
     threshold: bool = False
     exclude: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __new__(cls, *args: Any, **given: Any) -> Rule:
+        """Names are checked here, so that an unknown one is told the nearest."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"Rule has no {name!r}.{hint(name, known)} There are: {', '.join(known)}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str) and not callable(self.targets):

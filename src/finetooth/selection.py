@@ -205,7 +205,11 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
         )
     low, high = s.aminmax() if s.numel() else (s.new_zeros(()), s.new_zeros(()))  # either is NaN if any entry is
     if not (low >= 0 and high < math.inf):
-        raise ValueError(f"score {name!r} is negative or not finite in {w.name!r}: a score is a non-negative number.")
+        bad = [key for key in w.stats if not bool(torch.isfinite(w.stats[key]).all())]
+        hint = f" What calibration measured there ({', '.join(bad)}) is not finite: look at its batches." if bad else ""
+        raise ValueError(
+            f"score {name!r} is negative or not finite in {w.name!r}: a score is a non-negative number.{hint}"
+        )
     w.forget()
     return s
 

@@ -21,7 +21,7 @@ PACKAGE = SRC / "finetooth"
 
 # From low to high. A module may import its own level and those below; a cycle is never allowed.
 LEVELS = (
-    {"units", "kernels", "shards", "quantize", "files"},
+    {"units", "kernels", "shards", "quantize", "files", "nearest", "schema"},
     {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
@@ -41,7 +41,7 @@ LEVELS = (
     }
     | {"moves", "merging", "conflicting", "contrast", "chain", "switch"},
     {"methods", "spelled", "exclude", "assemble"},
-    {"recipe", "embedded", "data", "answers"},
+    {"recipe", "embedded", "data", "answers", "pretrained"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"generated"}
     | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
