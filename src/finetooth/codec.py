@@ -21,7 +21,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ VERSION = 1
 _KEYS = ("format", "version", "library", "base", "method", "recipe", "tensors", "tied")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 _WHOLE_NUMBERS = {torch.int32: "I32", torch.int64: "I64"}
+_AT_ONCE = 1 << 16  # entries looked at together: a check must not need memory of a tensor's size
+_LONGEST_NAME, _LONGEST_MESSAGE = 1024, 1000
 
 
 class DeltaError(ValueError):
@@ -82,6 +84,8 @@ class Parts:
 def encode(parts: Parts) -> tuple[bytes, list[Tensor]]:
     """The head of the file (its length, then the header) and the tensors that follow, in order."""
     tensors: dict[str, Tensor] = {}
+    for name in (*parts.changes, *parts.tied):
+        require_name(name)
     for name, change in parts.changes.items():
         require_finite(name, change.values)
         tensors[f"index:{name}"] = change.selection.index
@@ -158,9 +162,14 @@ def read(path: Path) -> Parts:
             keys: list[str] = f.keys()
             return decode(metadata, {key: f.get_tensor(key).clone() for key in keys})
     except DeltaError as e:
-        raise DeltaError(f"{path.name}: {e}") from e
+        raise DeltaError(f"{path.name}: {_cut(str(e))}") from e
     except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as e:
-        raise DeltaError(f"{path.name} is not a whole safetensors file: {e}") from e
+        raise DeltaError(f"{path.name} is not a whole safetensors file: {_cut(str(e))}") from e
+
+
+def _cut(message: str) -> str:
+    """What a file says of itself may be as long as the file."""
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " …"
 
 
 def check_format(metadata: Mapping[str, str]) -> None:
@@ -198,6 +207,7 @@ def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Parts:
 
 
 def _change(name: str, entry: Any, index: Tensor, values: Tensor) -> Change:
+    require_name(name)
     if not isinstance(entry, dict):
         raise DeltaError(f"the entry of '{name}' is not a table.")
     for kind in ("index_coding", "value_coding"):
@@ -227,17 +237,30 @@ def _check_index(name: str, index: Tensor, count: int, units: int) -> None:
     if index.dtype not in _WHOLE_NUMBERS or index.ndim != 1 or index.numel() != count:
         found = f"{index.dtype} {tuple(index.shape)}"
         raise DeltaError(f"the index of '{name}' is {found}: expected {count} ids, int32 or int64.")
-    if not bool((index[1:] > index[:-1]).all()):
+    pieces = (index[at : at + _AT_ONCE + 1] for at in range(0, count, _AT_ONCE))
+    if not all(bool((piece[1:] > piece[:-1]).all()) for piece in pieces):
         raise DeltaError(f"the index of '{name}' is not strictly increasing (unsorted, or a unit twice).")
     if int(index[0]) < 0 or int(index[-1]) >= units:
         found = f"[{int(index[0])}, {int(index[-1])}]"
         raise DeltaError(f"the index of '{name}' is out of range: {found}, the tensor has {units} units.")
 
 
+def require_name(name: str) -> None:
+    """Raise unless a name can be shown as it is: what a terminal obeys or hides is no part of a parameter's name."""
+    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
+        raise DeltaError(
+            f"a tensor is called {_cut(ascii(name))}: expected 1 to {_LONGEST_NAME} printable characters, as in a checkpoint."
+        )
+
+
 def require_finite(name: str, values: Tensor) -> None:
     """Raise if a new value is an infinity or not a number."""
-    numbers = values.float() if values.element_size() == 1 else values  # torch has no isfinite for 8-bit floats
-    if values.dtype.is_floating_point and not bool(torch.isfinite(numbers).all()):
+    if not values.dtype.is_floating_point:
+        return
+    pieces = (
+        p.float() if p.element_size() == 1 else p for p in values.reshape(-1).split(_AT_ONCE)
+    )  # 8 bits: no isfinite
+    if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
         raise DeltaError(f"'{name}' has new values that are not finite: such a model is broken, a delta refuses it.")
 
 
@@ -286,6 +309,7 @@ def _origin(metadata: Mapping[str, str]) -> Origin:
 def _tied(metadata: Mapping[str, str], changes: Mapping[str, Change]) -> dict[str, str]:
     tied = _table(metadata, "tied")
     for alias, name in tied.items():
+        require_name(alias)
         if not isinstance(name, str) or alias in changes or name in tied:
             raise DeltaError(f"tied says that '{alias}' is {name!r}: an alias names a tensor, and has no entry itself.")
     return tied
@@ -300,7 +324,11 @@ def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 def _json(metadata: Mapping[str, str], key: str) -> Any:
     try:
-        return json.loads(metadata[key], object_pairs_hook=_no_doubles, parse_constant=_no_constants)
+        text = metadata[key]
+        value = json.loads(text, object_pairs_hook=_no_doubles, parse_constant=_no_constants, parse_float=_finite)
+        if "\\ud" in text.lower():  # half of a pair is no character, and cannot be written again
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except (ValueError, RecursionError) as e:
         raise DeltaError(f"the metadata's {key} is not JSON: {e}") from e
 
@@ -312,5 +340,10 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _no_constants(text: str) -> Any:
+def _finite(text: str) -> float:
+    number = float(text)
+    return number if math.isfinite(number) else _no_constants(text)
+
+
+def _no_constants(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
