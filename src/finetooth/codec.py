@@ -18,7 +18,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -237,8 +237,7 @@ def _check_index(name: str, index: Tensor, count: int, units: int) -> None:
     if index.dtype not in _WHOLE_NUMBERS or index.ndim != 1 or index.numel() != count:
         found = f"{index.dtype} {tuple(index.shape)}"
         raise DeltaError(f"the index of '{name}' is {found}: expected {count} ids, int32 or int64.")
-    pieces = (index[at : at + _AT_ONCE + 1] for at in range(0, count, _AT_ONCE))
-    if not all(bool((piece[1:] > piece[:-1]).all()) for piece in pieces):
+    if not all(bool((piece[1:] > piece[:-1]).all()) for piece in _pieces(index, 1)):
         raise DeltaError(f"the index of '{name}' is not strictly increasing (unsorted, or a unit twice).")
     if int(index[0]) < 0 or int(index[-1]) >= units:
         found = f"[{int(index[0])}, {int(index[-1])}]"
@@ -247,10 +246,8 @@ def _check_index(name: str, index: Tensor, count: int, units: int) -> None:
 
 def require_name(name: str) -> None:
     """Raise unless a name can be shown as it is: what a terminal obeys or hides is no part of a parameter's name."""
-    if not name or len(name) > _LONGEST_NAME or not name.isprintable():
-        raise DeltaError(
-            f"a tensor is called {_cut(ascii(name))}: expected 1 to {_LONGEST_NAME} printable characters, as in a checkpoint."
-        )
+    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise DeltaError(f"a tensor is called {_cut(ascii(name))}: expected 1 to {_LONGEST_NAME} printable characters.")
 
 
 def require_finite(name: str, values: Tensor) -> None:
@@ -258,10 +255,15 @@ def require_finite(name: str, values: Tensor) -> None:
     if not values.dtype.is_floating_point:
         return
     pieces = (
-        p.float() if p.element_size() == 1 else p for p in values.reshape(-1).split(_AT_ONCE)
-    )  # 8 bits: no isfinite
+        p.float() if p.element_size() == 1 else p for p in _pieces(values.reshape(-1))
+    )  # isfinite knows no 8 bits
     if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
         raise DeltaError(f"'{name}' has new values that are not finite: such a model is broken, a delta refuses it.")
+
+
+def _pieces(flat: Tensor, more: int = 0) -> Iterator[Tensor]:
+    """A flat tensor in views of `_AT_ONCE` entries, each with `more` of the next."""
+    return (flat[at : at + _AT_ONCE + more] for at in range(0, flat.numel(), _AT_ONCE))
 
 
 def _shape(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
@@ -341,8 +343,7 @@ def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _finite(text: str) -> float:
-    number = float(text)
-    return number if math.isfinite(number) else _no_constants(text)
+    return float(text) if math.isfinite(float(text)) else _no_constants(text)
 
 
 def _no_constants(text: str) -> NoReturn:

@@ -28,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_clean_errors = show.clean_errors
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The new folder to write; it must not exist.")]
 DeltaFile = Annotated[
@@ -82,14 +83,13 @@ def apply(
 ) -> None:
     """Write a checkpoint folder that is BASE with DELTA applied."""
     with _clean_errors():
-        if inverse is not None and inverse.exists():
-            raise FileExistsError(f"{inverse} exists: give another name for the inverse delta.")
+        from finetooth.checkpoint import refuse_existing
         from finetooth.delta import apply_folder
 
+        refuse_existing(out)
         change = _load(delta)
-        back = apply_folder(base, out, change)
-        if inverse is not None:
-            back.save(inverse)
+        with _first(change, base, inverse):
+            apply_folder(base, out, change)
         show.facts({"folder": str(out), "state": "applied", **_counts(change)}, as_json, "applied")
 
 
@@ -204,10 +204,33 @@ def _counts(delta: Delta) -> dict[str, Any]:
 
 
 @contextmanager
-def _clean_errors() -> Iterator[None]:
-    """Bad input is one line on stderr and exit code 2; a traceback is for our own mistakes."""
+def _first(change: Delta, base: str, path: Path | None) -> Iterator[None]:
+    """The inverse of `change` in a file, before anything else is written: a killed command leaves no folder without it.
+
+    If the block fails the file goes too. One that is there already must be this inverse, of such a command.
+    """
+    if path is None:
+        yield
+        return
+    made, back = not path.exists(), change.inverse(base)
+    if not made and not _holds(path, back):
+        raise FileExistsError(f"{path} exists: give another name for the inverse delta.")
+    back.save(path)
     try:
         yield
-    except (ValueError, OSError) as e:  # DeltaError is a ValueError, FileNotFoundError an OSError
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(2) from e
+    except BaseException:
+        if made:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _holds(path: Path, delta: Delta) -> bool:
+    """Whether a file is what saving this delta gives."""
+    from finetooth.delta import DeltaError
+
+    try:
+        found = _load(str(path))
+    except (DeltaError, OSError):
+        return False
+    prints = [{n: (c.fingerprint, c.result) for n, c in d.changes.items()} for d in (found, delta)]
+    return prints[0] == prints[1] and found.base == delta.base
