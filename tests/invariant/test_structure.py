@@ -25,7 +25,7 @@ LEVELS = (
     {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
-    | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
+    | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira", "serve"},
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data", "answers"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}

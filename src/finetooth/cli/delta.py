@@ -41,6 +41,7 @@ class Form(StrEnum):
 
     checkpoint = "checkpoint"
     shira = "shira"
+    patches = "patches"
 
 
 @app.command()
@@ -153,29 +154,43 @@ def verify(
 @app.command()
 def export(
     delta: DeltaFile,
-    base: Annotated[str, typer.Option("--base", help="The checkpoint that DELTA was made for: a folder or a hub id.")],
     to: Annotated[Path, typer.Option("--to", "--out", "-o", help="The new folder to write; it must not exist.")],
-    form: Annotated[Form, typer.Option("--as", help="A whole checkpoint, or a PEFT adapter.")] = Form.checkpoint,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint that DELTA was made for, a folder or a hub id. Patches do without."),
+    ] = None,
+    form: Annotated[
+        Form, typer.Option("--as", help="A whole checkpoint, a PEFT adapter, or patches for a server.")
+    ] = Form.checkpoint,
     as_json: Json = False,
 ) -> None:
-    """Write BASE with DELTA as a checkpoint that from_pretrained loads, or DELTA as a PEFT SHiRA adapter.
+    """Write BASE with DELTA as a checkpoint that from_pretrained loads, or DELTA as a PEFT SHiRA adapter, or as patches.
 
     A SHiRA adapter holds differences for linear layers: other tensors cannot be in it, and in float32 some weights may
-    come out a rounding away. The command says how many.
+    come out a rounding away. The command says how many. Patches are flat int32 indices and new values for each tensor, as
+    vLLM's sparse weight updates take them; with --base it is checked first that DELTA belongs to it.
     """
     with _clean_errors():
+        if base is None and form is not Form.patches:
+            raise ValueError(f"--as {form} writes what BASE and DELTA make together: give --base.")
         change = _load(delta)
-        if form is Form.checkpoint:
-            from finetooth.delta import apply_folder
-
-            apply_folder(base, to, change)
-            found = {"inexact": 0}
-        else:
-            show.quiet()
-            from finetooth import shira
-
-            found = shira.write(change, base, to)
+        found = _exported(change, form, base, to)
         show.facts({"folder": str(to), "form": str(form), **_counts(change), **found}, as_json, "exported")
+
+
+def _exported(change: Delta, form: Form, base: str | None, to: Path) -> dict[str, Any]:
+    """Write it; what there is to say of it."""
+    from finetooth import checkpoint, serve, shira
+    from finetooth.delta import apply_folder
+
+    if form is Form.patches:
+        return serve.write(change, to, None if base is None else checkpoint.resolve(base))
+    assert base is not None
+    if form is Form.shira:
+        show.quiet()
+        return shira.write(change, base, to)
+    apply_folder(base, to, change)
+    return {"inexact": 0}
 
 
 def _extracted(base: str, tuned: str, method: str | None) -> Delta:
