@@ -179,6 +179,29 @@ def preview(found: dict[str, Any], as_json: bool) -> None:
         console.print(Text(f"note: {remark}"))
 
 
+def survival(found: dict[str, Any], as_json: bool) -> None:
+    """What quantization leaves of a delta: a row for every kind of module, and the losses of four models."""
+    if as_json:
+        _json(found)
+        return
+    console = Console(file=sys.stdout)
+    table = Table(title=f"in {found['to']}", title_justify="left")
+    for name in ("", "changed", "survived", "share", "moved"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, g in (*found["groups"].items(), ("all", found)):
+        share = f"{g['survived'] / g['changed']:.1%}" if g["changed"] else "–"
+        wide = "" if g.get("quantized", True) else " (not quantized)"
+        table.add_row(Text(name + wide), f"{g['changed']:,}", f"{g['survived']:,}", share, f"{g['moved']:,}")
+    console.print(table)
+    for key in ("text", "recipe"):
+        if key in found:
+            four = found[key]
+            losses = Table("", *four, title=f"measured on the {key}", title_justify="left")
+            for name in four["base"]:
+                losses.add_row(Text(_title(name)), *(figure(numbers[name]) for numbers in four.values()))
+            console.print(losses)
+
+
 def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
     """Names and values, as a table or as JSON on stdout."""
     if as_json:
