@@ -35,8 +35,7 @@ VERSION = 1
 _KEYS = ("format", "version", "library", "base", "method", "recipe", "tensors", "tied")
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 _WHOLE_NUMBERS = {torch.int32: "I32", torch.int64: "I64"}
-_AT_ONCE = 1 << 16  # entries looked at together: a check must not need memory of a tensor's size
-_LONGEST_NAME, _LONGEST_MESSAGE = 1024, 1000
+_LONGEST_NAME, _LONGEST_MESSAGE, _AT_ONCE = 1024, 1000, 1 << 16  # entries a check looks at together, to need no memory
 
 
 class DeltaError(ValueError):
@@ -157,19 +156,24 @@ def read(path: Path) -> Parts:
     try:
         with safe_open(str(path), framework="pt") as f:
             metadata = f.metadata() or {}
+            _json({"header": _header(path)}, "header")  # safetensors takes a key twice, and other readers the other one
             check_format(metadata)
             # A copy: the file may be replaced or cut short while the delta is in use.
             keys: list[str] = f.keys()
             return decode(metadata, {key: f.get_tensor(key).clone() for key in keys})
     except DeltaError as e:
         raise DeltaError(f"{path.name}: {_cut(str(e))}") from e
-    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as e:
+    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError, TypeError) as e:
         raise DeltaError(f"{path.name} is not a whole safetensors file: {_cut(str(e))}") from e
 
 
-def _cut(message: str) -> str:
-    """What a file says of itself may be as long as the file."""
-    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + " …"
+def _header(path: Path) -> str:
+    with path.open("rb") as f:
+        return f.read(struct.unpack("<Q", f.read(8))[0]).decode("utf-8")
+
+
+def _cut(message: str) -> str:  # what a file says of itself may be as long as the file
+    return message.partition("\n")[0][:_LONGEST_MESSAGE]
 
 
 def check_format(metadata: Mapping[str, str]) -> None:
@@ -247,22 +251,18 @@ def _check_index(name: str, index: Tensor, count: int, units: int) -> None:
 def require_name(name: str) -> None:
     """Raise unless a name can be shown as it is: what a terminal obeys or hides is no part of a parameter's name."""
     if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
-        raise DeltaError(f"a tensor is called {_cut(ascii(name))}: expected 1 to {_LONGEST_NAME} printable characters.")
+        raise DeltaError(f"a tensor is called {ascii(name)[:99]}: expected 1 to {_LONGEST_NAME} printable characters.")
 
 
 def require_finite(name: str, values: Tensor) -> None:
     """Raise if a new value is an infinity or not a number."""
-    if not values.dtype.is_floating_point:
-        return
-    pieces = (
-        p.float() if p.element_size() == 1 else p for p in _pieces(values.reshape(-1))
-    )  # isfinite knows no 8 bits
-    if not all(bool(torch.isfinite(piece).all()) for piece in pieces):
+    small = values.element_size() == 1  # torch has no isfinite for 8-bit floats
+    finite = (bool(torch.isfinite(p.float() if small else p).all()) for p in _pieces(values.reshape(-1)))
+    if values.dtype.is_floating_point and not all(finite):
         raise DeltaError(f"'{name}' has new values that are not finite: such a model is broken, a delta refuses it.")
 
 
-def _pieces(flat: Tensor, more: int = 0) -> Iterator[Tensor]:
-    """A flat tensor in views of `_AT_ONCE` entries, each with `more` of the next."""
+def _pieces(flat: Tensor, more: int = 0) -> Iterator[Tensor]:  # views of _AT_ONCE entries, and `more` of the next
     return (flat[at : at + _AT_ONCE + more] for at in range(0, flat.numel(), _AT_ONCE))
 
 
@@ -328,7 +328,7 @@ def _json(metadata: Mapping[str, str], key: str) -> Any:
     try:
         text = metadata[key]
         value = json.loads(text, object_pairs_hook=_no_doubles, parse_constant=_no_constants, parse_float=_finite)
-        if "\\ud" in text.lower():  # half of a pair is no character, and cannot be written again
+        if "\\ud" in text or "\\uD" in text:  # half of a pair is no character, and cannot be written again
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except (ValueError, RecursionError) as e:

@@ -9,7 +9,7 @@ base. Counted as faults: another exception, a changed model, more time than LIMI
 
 Seeds are what the writer makes today (every unit in every dtype, sparse and dense) and the golden files: a new coding is
 fuzzed as soon as it has one. `mutate.py` has the mutations; libFuzzer, through atheris, adds its own, and keeps what reaches new
-lines of the loader. A file in a thousand is a large one, whose memory is the tensors' and not the interpreter's.
+lines of the loader. One file in five thousand is a large one, whose memory is the tensors' and not the interpreter's.
 
 Exit code 1 if there is a fault; the files that did it are kept in --keep.
 """
@@ -40,7 +40,7 @@ from tests.format.mutate import mutate
 
 LIMIT = 1.0  # seconds of the processor for one file; a real hang is ended by libFuzzer, or by pytest
 SPARE = 4 << 20  # bytes beyond twice the file: the interpreter's objects and what the allocator rounds up
-LARGE_EVERY = 1000
+LARGE_EVERY = 5000
 MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 Weights = dict[str, torch.Tensor]
 
