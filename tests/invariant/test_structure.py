@@ -29,7 +29,7 @@ LEVELS = (
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data", "answers"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
-    | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"},
+    | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival", "generated"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

@@ -44,8 +44,13 @@ def clean_errors() -> Iterator[None]:
 
 
 def _stop(message: str, code: int) -> None:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {printable(message)}", err=True)
     raise typer.Exit(code)
+
+
+def printable(text: str) -> str:
+    """What a file says of itself, without what a terminal would obey: those characters as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def quiet() -> None:
@@ -207,7 +212,7 @@ def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
     if as_json:
         _json(found)
         return
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=Text(printable(title)), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in found.items():
@@ -217,6 +222,10 @@ def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
 
 
 def _fact(key: str, value: Any) -> str:
+    return printable(_said(key, value))
+
+
+def _said(key: str, value: Any) -> str:
     if key == "share":
         return f"{value:.4%}"
     if isinstance(value, bool):
