@@ -23,7 +23,10 @@ from finetooth.cli.delta import app
 from finetooth.delta import Delta
 from tests.cli.test_delta import llama, train
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="every attempt is a fork")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="every attempt is a fork"),
+]
 Shape = dict[str, bytes]
 
 
