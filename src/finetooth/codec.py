@@ -8,8 +8,6 @@ the header we want.
 `decode` believes nothing: everything that the metadata says is checked against the tensors before a `Change`
 is built, and whatever is wrong is a `DeltaError`. What a file alone cannot prove (that the base is the right
 one, that the result is the promised one) is checked when the delta is applied.
-
-Reserved, refused by name until they exist: other codings of indices (gaps) and values (against the base).
 """
 
 from __future__ import annotations
@@ -51,6 +49,9 @@ class Change:
     changed: int  # entries under the units whose bits differ from the base's
     fingerprint: str  # of the tensor before
     result: str  # of the tensor after
+
+    def new(self, old: Tensor) -> Tensor:  # what the base has under the units, [k, unit_numel]: a coding may need it
+        return self.values
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,7 @@ def read(path: Path) -> Parts:
             _json({"header": _header(path)}, "header")  # safetensors takes a key twice, and other readers the other one
             check_format(metadata)
             # A copy: the file may be replaced or cut short while the delta is in use.
-            keys: list[str] = f.keys()
-            return decode(metadata, {key: f.get_tensor(key).clone() for key in keys})
+            return decode(metadata, {key: f.get_tensor(key).clone() for key in list(f.keys())})
     except DeltaError as e:
         raise DeltaError(f"{path.name}: {_cut(str(e))}") from e
     except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError, TypeError) as e:

@@ -34,8 +34,10 @@ import torch
 from torch import Tensor
 
 from finetooth import checkpoint
+from finetooth.base import Base, open_base
 from finetooth.codec import DeltaError
 from finetooth.delta import Delta
+from finetooth.diff import gather
 from finetooth.selection import Selection
 from finetooth.units import WHOLE
 
@@ -54,10 +56,10 @@ class Patch(NamedTuple):
     indices: Tensor  # [n] int32, contiguous, increasing: positions in the flattened tensor
 
 
-def patches(delta: Delta) -> Iterator[Patch]:
+def patches(delta: Delta, base: Base | None = None) -> Iterator[Patch]:
     """The patches of a delta, one tensor at a time, in its order.
 
-    Raises DeltaError before the first one for a tensor that a patch cannot say: too large, or not of floating point.
+    `base` (see `open_base`) is needed for a file whose values are coded against it, and not looked at more closely. Raises DeltaError before the first one for a tensor that a patch cannot say: too large, or not of floating point.
 
     >>> d = Delta.extract({"w": torch.tensor([[0.0, 1.0], [0.0, 2.0]])}, {"w": torch.zeros(2, 2)})
     >>> [(p.name, p.indices.tolist(), p.values.tolist()) for p in patches(d)]
@@ -66,11 +68,18 @@ def patches(delta: Delta) -> Iterator[Patch]:
     for name, change in delta.changes.items():
         _refuse(name, change.selection.shape)
     for name, change in delta.changes.items():
-        values = change.values
+        values = change.values if base is None else change.new(gather(change.selection, whole(delta, base, name)))
         if not values.dtype.is_floating_point:
             raise DeltaError(f"'{name}' is {values.dtype}: servers take patches of floating-point weights only.")
         ids, order = entries(change.selection).reshape(-1).sort()
         yield Patch(name, change.selection.shape, values.dtype, values.reshape(-1)[order], ids.to(torch.int32))
+
+
+def whole(delta: Delta, base: Base, name: str) -> Tensor:
+    """The tensor that a delta calls `name`, on a CPU; `base` may know it by an alias only."""
+    there = set(base.names())
+    place = next(n for n in (name, *(a for a, of in delta.tied.items() if of == name)) if n in there)
+    return base.tensor(place).detach().cpu().contiguous()
 
 
 def entries(selection: Selection) -> Tensor:
@@ -100,11 +109,12 @@ def write(delta: Delta, dst: str | Path, base: Any = None) -> dict[str, Any]:
 
     dst = Path(dst)
     checkpoint.refuse_existing(dst)
-    if base is not None:
-        delta.inverse(base)
+    held = None if base is None else open_base(base)
+    if held is not None:
+        delta.inverse(held)
     listed, files, sizes = list[dict[str, Any]](), 0, 0
     with checkpoint.new_folder(dst, _needed(delta)) as folder:
-        for group in _groups(delta):
+        for group in _groups(delta, held):
             files += 1
             file = f"patches-{files:05}.safetensors"  # a name inside the delta never becomes one of a file
             tensors = {f"{kind}:{p.name}": getattr(p, kind) for p in group for kind in ("indices", "values")}
@@ -158,10 +168,10 @@ def _needed(delta: Delta) -> int:
     return sum(c.selection.numel * 4 for c in delta.changes.values())  # the indices; values take 1 to 8 bytes more each
 
 
-def _groups(delta: Delta) -> Iterator[list[Patch]]:
+def _groups(delta: Delta, base: Base | None) -> Iterator[list[Patch]]:
     """Patches that go into one file."""
     group, size = list[Patch](), 0
-    for patch in patches(delta):
+    for patch in patches(delta, base):
         more = patch.indices.nbytes + patch.values.nbytes
         if group and size + more > _FILE_BYTES:
             yield group

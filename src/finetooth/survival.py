@@ -30,10 +30,11 @@ from finetooth.base import Base, Files, bits, fingerprint, open_base
 from finetooth.codec import Change
 from finetooth.data import documents
 from finetooth.delta import Delta, WrongBase
-from finetooth.diff import scatter_
+from finetooth.diff import gather, scatter_
 from finetooth.jobs import load
 from finetooth.measure import measure
 from finetooth.recipe import Recipe
+from finetooth.serve import whole
 
 FORMS: Mapping[str, Callable[[Tensor], Tensor]] = {"int8": quantize.int8, "nf4": quantize.nf4}
 Numbers = Callable[[], dict[str, float]]
@@ -56,7 +57,7 @@ def survival(delta: Delta, base: Any, to: str = "int8") -> dict[str, Any]:
         for name, change in delta.changes.items():
             part = parts.get(name)
             wide = part is None or part.kind != "linear" or len(change.selection.shape) != 2
-            found = _counted(change, held.tensor(name), (lambda w: w) if wide else _oriented(form, part))
+            found = _counted(change, whole(delta, held, name), (lambda w: w) if wide else _oriented(form, part))
             group = groups.setdefault(_group(name), {"quantized": not wide, "changed": 0, "survived": 0, "moved": 0})
             group["quantized"] = group["quantized"] or not wide
             for key, n in found.items():
@@ -143,9 +144,8 @@ def _require_base(delta: Delta, held: Base) -> None:
 
 
 def _counted(change: Change, old: Tensor, q: Callable[[Tensor], Tensor]) -> dict[str, int]:
-    old = old.detach().cpu().contiguous()
     new = old.clone()
-    scatter_(change.selection, new, change.values)
+    scatter_(change.selection, new, change.new(gather(change.selection, old)))
     if fingerprint(new) != change.result:
         raise WrongBase(f"the new values do not give the tensor that the delta promises ({change.result}).")
     changed, after = bits(old) != bits(new), q(old) != q(new)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from finetooth.base import open_base
 from finetooth.cli.delta import app
 from finetooth.codec import Change, DeltaError
 from finetooth.delta import Delta, WrongBase
@@ -154,6 +155,13 @@ def test_another_list_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / LIST).write_text(text)
     with pytest.raises(ValueError, match=LIST):
         list(read(tmp_path))
+
+
+def test_a_base_that_knows_an_alias_only(tmp_path: Path) -> None:
+    w = torch.zeros(3, 2)
+    delta = replace(Delta.extract({"embed": w + 1}, {"embed": w}), tied={"head": "embed"})
+    assert write(delta, tmp_path / "out", {"head": w})["entries"] == 6
+    assert next(patches(delta, open_base({"head": w}))).name == "embed"
 
 
 def run(*words: Any) -> Any:
