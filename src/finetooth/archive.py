@@ -38,6 +38,7 @@ from finetooth.manifest import Entry, check_format, entry, origin, parsed, table
 from finetooth.selection import Selection
 
 _INDEX = {"plain": ("I32", "I64"), "gap8": ("U8",), "gap16": ("U16",), "bitmap": ("U8",)}
+_LONGEST_MESSAGE = 1000
 
 
 class Stored(Lazy):
@@ -197,9 +198,14 @@ def read(path: Path) -> Parts:
         archive.check()
         return _parts(archive)
     except DeltaError as e:
-        raise DeltaError(f"{path.name}: {e}") from e
-    except (ValueError, OSError, RuntimeError) as e:
-        raise DeltaError(str(e).replace(str(path), path.name)) from e
+        raise DeltaError(f"{path.name}: {_cut(str(e))}") from e
+    except (ValueError, OSError, RuntimeError, TypeError) as e:
+        raise DeltaError(_cut(str(e).replace(str(path), path.name))) from e
+
+
+def _cut(message: str) -> str:
+    """What a file says of itself may be as long as the file."""
+    return message.partition("\n")[0][:_LONGEST_MESSAGE]
 
 
 def _parts(archive: Archive) -> Parts:

@@ -33,9 +33,10 @@ from finetooth.units import Unit
 
 FORMAT = "finetooth-delta"
 VERSION = 2
-_BLOCK = 1 << 22
+_BLOCK = 1 << 16
 _STREAMS = {"gap8": "U8", "gap16": "U16", "bitmap": "U8"}
 _SIZES = {"U8": 1, "U16": 2}
+_LONGEST_NAME = 1024
 
 
 class DeltaError(ValueError):
@@ -135,6 +136,7 @@ def encode(
     With `old`, the values that the base has there, the new ones are coded against them where that is smaller. DeltaError
     if a new value is not finite, or values that are coded against a base shall be plain.
     """
+    require_name(name)
     selection = change.selection
     units = selection.unit.count(selection.shape)
     ids = selection.index.cpu().numpy()
@@ -180,6 +182,12 @@ def patterns(values: Tensor) -> Any:
 
 def _steps(old: Tensor, new: Tensor) -> Any:
     return coding.steps(patterns(old), patterns(new), new.dtype.is_floating_point)
+
+
+def require_name(name: str) -> None:
+    """Raise unless a name can be shown as it is: what a terminal obeys or hides is no part of a parameter's name."""
+    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise DeltaError(f"a tensor is called {ascii(name)[:99]}: expected 1 to {_LONGEST_NAME} printable characters.")
 
 
 def require_finite(name: str, values: Tensor) -> None:
@@ -287,6 +295,8 @@ def header(parts: Parts, entries: dict[str, Any], streams: Mapping[str, Stream])
 
 
 def _metadata(parts: Parts, entries: dict[str, Any]) -> dict[str, str]:
+    for alias in parts.tied:
+        require_name(alias)
     plain = all(e["index_coding"] == e["value_coding"] == "plain" for e in entries.values())
     return {
         "format": FORMAT,

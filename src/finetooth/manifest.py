@@ -11,13 +11,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from finetooth import coding
 from finetooth.base import DTYPES
-from finetooth.codec import FORMAT, VERSION, DeltaError, Origin
+from finetooth.checkpoint import no_doubles
+from finetooth.codec import FORMAT, VERSION, DeltaError, Origin, require_name
 from finetooth.units import Unit
 
 _KEYS = ("format", "version", "library", "base", "method", "recipe", "tensors", "tied")
@@ -59,6 +60,7 @@ def check_format(metadata: Mapping[str, str]) -> None:
 
 def entry(name: str, said: Any, version: int) -> Entry:
     """What the table `tensors` says of one tensor."""
+    require_name(name)
     if not isinstance(said, dict):
         raise DeltaError(f"the entry of '{name}' is not a table.")
     codings = [_coding(name, said, key, version) for key in ("index_coding", "value_coding")]
@@ -136,6 +138,7 @@ def tied(metadata: Mapping[str, str], changes: Mapping[str, Any]) -> dict[str, s
     """Aliases, by the name that has the entry."""
     aliases = table(metadata, "tied")
     for alias, name in aliases.items():
+        require_name(alias)
         if not isinstance(name, str) or alias in changes or name in aliases:
             raise DeltaError(f"tied says that '{alias}' is {name!r}: an alias names a tensor, and has no entry itself.")
     return aliases
@@ -150,19 +153,20 @@ def table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 
 def parsed(metadata: Mapping[str, str], key: str) -> Any:
-    """JSON out of the metadata, without doubles, NaN and infinities."""
+    """JSON out of the metadata, without doubles, NaN, infinities and text that cannot be written again."""
+    text = metadata[key]
     try:
-        return json.loads(metadata[key], object_pairs_hook=_no_doubles, parse_constant=_no_constants)
+        value = json.loads(text, object_pairs_hook=no_doubles, parse_constant=_no_constants, parse_float=_finite)
+        if "\\ud" in text or "\\uD" in text:  # half of a pair is no character
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except (ValueError, RecursionError) as e:
         raise DeltaError(f"the metadata's {key} is not JSON: {e}") from e
 
 
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
+def _finite(text: str) -> float:
+    return float(text) if math.isfinite(float(text)) else _no_constants(text)
 
 
-def _no_constants(text: str) -> Any:
+def _no_constants(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")

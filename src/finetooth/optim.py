@@ -2,14 +2,14 @@
 
     gradients finite? -> when? select -> migrate state -> gather -> clip -> AdamW -> scatter -> rest
 
-Selection and update happen here, in `step`, after accumulation and unscaling; never in a hook. A method is
-the choice of two words. `state`: "compact" keeps moments for the chosen units only, "dense" for all. `mask`
-(dense only): "gradient" zeroes the gradient elsewhere, so that moments decide alone where a weight was not
-chosen (GMT as it is run); "update" lets the moments see the whole gradient and writes chosen entries only.
+Selection and update happen here, in `step`, after accumulation and unscaling; never in a hook. A method is the choice of two
+words. `state`: "compact" keeps moments for the chosen units only, "dense" for all. `mask` (dense only): "gradient" zeroes the
+gradient elsewhere, so that moments decide alone where a weight was not chosen (GMT as it is run); "update" lets the moments see
+the whole gradient and writes chosen entries only.
 
-Clipping is to the norm of the gradients that are used: of the masked gradient, of the gathered entries, or,
-for mask="update", of all that the moments see. State is keyed by parameter name and lives in
-`state_dict()["selective"]`, because torch casts whatever lies under `state[p]` to the parameter's dtype.
+Clipping is to the norm of the gradients that are used: of the masked gradient, of the gathered entries, or, for mask="update", of all
+that the moments see. State is keyed by parameter name and lives in `state_dict()["selective"]`, because torch casts whatever lies
+under `state[p]` to the parameter's dtype.
 
 Low-precision weights: compact state holds float32 masters; dense updates are rounded stochastically, by a hash
 of (seed, name, step, position). rounding="nearest" is an explicit choice.
@@ -224,7 +224,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         if routed.paused:
             if (
                 shards.world() > 1 and not self._cuts
-            ):  # DDP was told to leave them; every rank must take part for every tensor
+            ):  # DDP was told to leave them; all ranks must take part for every tensor
                 live = self._parameters()
                 dense |= {n: torch.zeros_like(live[n]) for n in routed.chosen if n not in dense}
                 shards.reduce_([dense[n] for n in routed.chosen], "mean")

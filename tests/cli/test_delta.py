@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 from finetooth.base import open_base
 from finetooth.cli.delta import app
-from finetooth.delta import Delta, DeltaError, apply_folder
+from finetooth.delta import Delta, DeltaError, Origin, apply_folder
 
 from ..format.deltas import same
 
@@ -205,6 +206,17 @@ def test_tables_for_people(folders: tuple[Path, Path], tmp_path: Path) -> None:
     result = run("extract", *folders, "-o", tmp_path / "d")
     assert "changed" in result.stdout
     assert "share" in run("info", tmp_path / "d").stdout
+
+
+def test_a_terminal_is_not_told_what_to_do(tmp_path: Path) -> None:
+    """What a file calls its base is shown, and not obeyed."""
+    delta = Delta.extract({"w": torch.ones(2)}, {"w": torch.zeros(2)})
+    replace(delta, base=Origin("\x1b[2Jorg/name")).save(tmp_path / "d")
+    shown = run("info", tmp_path / "d")
+    refused = run("revert", tmp_path, tmp_path / "d", "-o", tmp_path / "x")
+    assert shown.exit_code == 0 and refused.exit_code == 2
+    for text in (shown.output, refused.output):
+        assert "\x1b" not in text and r"\x1b[2Jorg/name" in text
 
 
 def test_gpt2_in_memory_and_on_disk(tmp_path: Path) -> None:

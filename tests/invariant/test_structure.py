@@ -38,13 +38,14 @@ LEVELS = (
         "reverted",
         "reference",
         "shira",
+        "serve",
     }
     | {"moves", "merging", "conflicting", "contrast", "chain", "switch"},
     {"methods", "spelled", "exclude", "assemble"},
     {"recipe", "embedded", "data", "answers", "pretrained"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"generated"}
-    | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
+    | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

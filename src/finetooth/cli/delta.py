@@ -8,8 +8,6 @@ Exit codes: 0 done, 1 the weights are not what the delta says (verify), 2 bad in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_clean_errors = show.clean_errors
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object to stdout.")]
 Out = Annotated[Path, typer.Option("--out", "-o", help="The new folder to write; it must not exist.")]
 DeltaFile = Annotated[
@@ -48,6 +47,7 @@ class Form(StrEnum):
 
     checkpoint = "checkpoint"
     shira = "shira"
+    patches = "patches"
 
 
 @app.command()
@@ -95,12 +95,14 @@ def apply(
     made on the same base are merged (`finetooth delta merge`).
     """
     with _clean_errors():
-        if inverse is not None and inverse.exists():
-            raise FileExistsError(f"{inverse} exists: give another name for the inverse delta.")
         from finetooth.chain import compose as composed
+        from finetooth.checkpoint import refuse_existing
         from finetooth.delta import apply_folder
 
+        refuse_existing(out)
         change = _load(delta[0]) if len(delta) == 1 else composed(delta, base)
+        if inverse is not None and inverse.exists() and not _takes_off(inverse, change):
+            raise FileExistsError(f"{inverse} exists: give another name for the inverse delta.")
         apply_folder(base, out, change, inverse=inverse, quick=quick)
         show.facts({"folder": str(out), "state": "applied", **_counts(change)}, as_json, "applied")
 
@@ -200,29 +202,43 @@ def _written_again(delta: str, out: Path, base: str | None, plain: bool, as_json
 @app.command()
 def export(
     delta: DeltaFile,
-    base: Annotated[str, typer.Option("--base", help="The checkpoint that DELTA was made for: a folder or a hub id.")],
     to: Annotated[Path, typer.Option("--to", "--out", "-o", help="The new folder to write; it must not exist.")],
-    form: Annotated[Form, typer.Option("--as", help="A whole checkpoint, or a PEFT adapter.")] = Form.checkpoint,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The checkpoint that DELTA was made for, a folder or a hub id. Patches do without."),
+    ] = None,
+    form: Annotated[
+        Form, typer.Option("--as", help="A whole checkpoint, a PEFT adapter, or patches for a server.")
+    ] = Form.checkpoint,
     as_json: Json = False,
 ) -> None:
-    """Write BASE with DELTA as a checkpoint that from_pretrained loads, or DELTA as a PEFT SHiRA adapter.
+    """Write BASE with DELTA as a checkpoint that from_pretrained loads, or DELTA as a PEFT SHiRA adapter, or as patches.
 
     A SHiRA adapter holds differences for linear layers: other tensors cannot be in it, and in float32 some weights may
-    come out a rounding away. The command says how many.
+    come out a rounding away. The command says how many. Patches are flat int32 indices and new values for each tensor, as
+    vLLM's sparse weight updates take them; with --base it is checked first that DELTA belongs to it.
     """
     with _clean_errors():
+        if base is None and form is not Form.patches:
+            raise ValueError(f"--as {form} writes what BASE and DELTA make together: give --base.")
         change = _load(delta)
-        if form is Form.checkpoint:
-            from finetooth.delta import apply_folder
-
-            apply_folder(base, to, change)
-            found = {"inexact": 0}
-        else:
-            show.quiet()
-            from finetooth import shira
-
-            found = shira.write(change, base, to)
+        found = _exported(change, form, base, to)
         show.facts({"folder": str(to), "form": str(form), **_counts(change), **found}, as_json, "exported")
+
+
+def _exported(change: Delta, form: Form, base: str | None, to: Path) -> dict[str, Any]:
+    """Write it; what there is to say of it."""
+    from finetooth import checkpoint, serve, shira
+    from finetooth.delta import apply_folder
+
+    if form is Form.patches:
+        return serve.write(change, to, None if base is None else checkpoint.resolve(base))
+    assert base is not None
+    if form is Form.shira:
+        show.quiet()
+        return shira.write(change, base, to)
+    apply_folder(base, to, change)
+    return {"inexact": 0}
 
 
 for verb in (compose.merge, compose.conflicts, compose.diff, compose.trim, compose.compose, compose.link):
@@ -257,11 +273,13 @@ def _counts(delta: Delta) -> dict[str, Any]:
     return {"tensors": len(delta.changes), "changed": changed, "base": delta.base.id, "revision": delta.base.revision}
 
 
-@contextmanager
-def _clean_errors() -> Iterator[None]:
-    """Bad input is one line on stderr and exit code 2; a traceback is for our own mistakes."""
+def _takes_off(file: Path, delta: Delta) -> bool:
+    """Whether a file is the inverse of a delta, as a command that was killed leaves it."""
+    from finetooth.delta import DeltaError
+
     try:
-        yield
-    except (ValueError, OSError) as e:  # DeltaError is a ValueError, FileNotFoundError an OSError
-        typer.echo(f"error: {e}", err=True)
-        raise typer.Exit(2) from e
+        found = _load(str(file))
+    except (DeltaError, OSError):
+        return False
+    prints = {n: (c.fingerprint, c.result) for n, c in found.changes.items()}
+    return found.base.tuned and prints == {n: (c.result, c.fingerprint) for n, c in delta.changes.items()}
