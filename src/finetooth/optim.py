@@ -332,9 +332,7 @@ class SelectiveAdamW(ChoosingOptimizer):
             return proposals[name]
 
         def base(name: str) -> Tensor:
-            if name not in bases:
-                bases[name] = self._known(name)
-            return bases[name]
+            return bases[name] if name in bases else bases.setdefault(name, self._known(name))
 
         def write(name: str, selection: Selection | None) -> None:
             new, reset = self._how(name).rounded(propose(name), live[name].dtype), self.rest.kind == "reset"
