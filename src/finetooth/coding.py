@@ -3,13 +3,15 @@
 Ids. A gap is how many ids were left out since the one before. `gap8` writes it in bytes, `gap16` in 16 bits: the largest
 number means "so many, and the gap goes on". Summing the stream and looking where it is not the largest number decodes it,
 so no loop looks at entries. At 1 % random entries a gap takes 1.083 bytes; the entropy is 1.01. `bitmap` is a bit for
-every unit, `plain` the ids themselves. `smallest` counts what each would take.
+every unit, `plain` the ids themselves. `index_sizes` counts what each would take.
 
 Values. Bit patterns, mapped so that a larger number is a larger integer, and subtracted: fine-tuning moves a bf16 weight
 by a few steps. The step is zigzagged (0, -1, 1, -2, ...) and stored in 4, 8, 16 or 24 bits, with the largest number for
 "see the list of long ones". All arithmetic is modulo 2^bits, so every pattern comes back.
 
-The alternative, an entropy coder (zstd, ANS), gains a tenth more and decodes ten times slower or needs a dependency.
+Not taken: an entropy coder (zstd, ANS), which gains a tenth more and decodes ten times slower or needs a dependency. And
+twins in numba, which code an id in a nanosecond or two less: loading and compiling them takes what numpy needs for a thousand
+million ids, and hashing the weights between those takes a hundred times as long.
 
 Nothing is believed: a stream that is not what an encoder would write raises ValueError, which the reader of a file turns into a
 DeltaError. `check_*` look at streams piece by piece without making anything of their size.
@@ -63,10 +65,7 @@ def decode_index(coding: str, stream: Ints, count: int, units: int) -> Ints:
     if coding == "plain":
         return stream
     out = np.empty(count, np.int32 if units <= 2**31 else np.int64)
-    if coding == "bitmap":
-        _from_bits(stream, out)
-    else:
-        _from_gaps(stream, out)
+    (_from_bits if coding == "bitmap" else _from_gaps)(stream, out)
     return out
 
 
@@ -107,10 +106,10 @@ def _tried(index: Ints, units: int) -> tuple[dict[str, int], list[Ints] | None]:
             top = np.iinfo(dtype).max
             if longest >= top:
                 sizes[name] += int((gaps // top).sum(dtype=np.int64)) * top.bit_length() // 8
-        if stream is not None and sizes["gap8"] == min(sizes.values()):
-            stream.append(_escaped(gaps, np.uint8))
-        else:
+        if sizes["gap8"] > min(sizes.values()):
             stream = None
+        if stream is not None:
+            stream.append(_escaped(gaps, np.uint8))
     return sizes, stream
 
 
@@ -119,9 +118,7 @@ def _escaped(gaps: Ints, dtype: type[np.unsignedinteger[Any]]) -> Ints:
     if gaps.max() < top:
         return gaps.astype(dtype)
     escapes = gaps // top
-    at = escapes.astype(np.intp)  # then where each gap ends, without a branch on whether it is long
-    at += 1
-    np.add.accumulate(at, out=at)
+    at = np.add.accumulate(escapes.astype(np.intp) + 1)  # where gaps end: no branch on which are long
     at -= 1
     stream = np.full(int(at[-1]) + 1, top, dtype)
     stream[at] = (gaps + escapes).astype(dtype)  # gaps - escapes * top, as these numbers wrap around
@@ -146,10 +143,10 @@ def _gap_extent(stream: Ints) -> tuple[int, int, int]:
     n, total, low = 0, 0, -1
     for piece in _pieces(stream):
         ends = piece != top
-        if low < 0 and (at := int(ends.argmax())) + int(ends[0]):
-            low = total + at * top + int(piece[at])
+        if low < 0 and ends.any():
+            low = total + int(piece[: ends.argmax() + 1].sum(dtype=np.uint32))
         n += int(np.count_nonzero(ends))
-        total += int(piece.sum(dtype=np.uint32))  # of a piece, no sum is longer
+        total += int(piece.sum(dtype=np.uint32))  # _PIECE * 65535 fits
     return n, low, total + n - 1
 
 
@@ -171,17 +168,15 @@ def _from_gaps(stream: Ints, out: Ints) -> None:
     top, n, last = np.iinfo(stream.dtype).max, 0, -1
     wide, sums = np.empty((2, min(stream.size, _PIECE)), out.dtype)
     for piece in _pieces(stream):
-        ends, steps = piece != top, wide[: piece.size]
-        np.copyto(steps, piece + ends)  # where a byte is `top` nothing is added, so nothing overflows
-        steps[0] += last
-        if ends.all():
-            ids = np.add.accumulate(steps, out=out[n : n + piece.size])
-            last = int(ids[-1])
-        else:
-            after, where = np.add.accumulate(steps, out=sums[: piece.size]), np.flatnonzero(ends)
-            ids = after.take(where, out=out[n : n + where.size], mode="clip")  # after[ends] branches on every entry
-            last = int(after[-1])
-        n += ids.size
+        ends, apart = piece != top, wide[: piece.size]
+        np.copyto(apart, piece + ends)  # where a number is `top` nothing is added, so nothing overflows
+        apart[0] += last
+        every = bool(ends.all())
+        after = np.add.accumulate(apart, out=out[n : n + piece.size] if every else sums[: piece.size])
+        if not every:
+            where = np.flatnonzero(ends)  # after[ends] branches on every entry, and takes twice as long
+            after.take(where, out=out[n : n + where.size], mode="clip")
+        n, last = n + (piece.size if every else where.size), int(after[-1])
 
 
 def _from_bits(stream: Ints, out: Ints) -> None:
