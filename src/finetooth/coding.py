@@ -9,9 +9,9 @@ Values. Bit patterns, mapped so that a larger number is a larger integer, and su
 by a few steps. The step is zigzagged (0, -1, 1, -2, ...) and stored in 4, 8, 16 or 24 bits, with the largest number for
 "see the list of long ones". All arithmetic is modulo 2^bits, so every pattern comes back.
 
-Not taken: an entropy coder (zstd, ANS), which gains a tenth more and decodes ten times slower or needs a dependency. And
-twins in numba, which code an id in a nanosecond or two less: loading and compiling them takes what numpy needs for a thousand
-million ids, and hashing the weights between those takes a hundred times as long.
+The alternative, an entropy coder (zstd, ANS), gains a tenth more and decodes ten times slower or needs a dependency.
+Not taken either: compiled twins of these loops. They are faster once they are compiled, but that takes longer than numpy takes
+for the largest tensor there is; and where a delta is made or applied, the fingerprints of the weights take longer than all of it.
 
 Nothing is believed: a stream that is not what an encoder would write raises ValueError, which the reader of a file turns into a
 DeltaError. `check_*` look at streams piece by piece without making anything of their size.
@@ -105,7 +105,7 @@ def _tried(index: Ints, units: int) -> tuple[dict[str, int], list[Ints] | None]:
         for name, dtype in GAPS.items():
             top = np.iinfo(dtype).max
             if longest >= top:
-                sizes[name] += int((gaps // top).sum(dtype=np.int64)) * top.bit_length() // 8
+                sizes[name] += int((gaps // top).sum(dtype=gaps.dtype)) * top.bit_length() // 8
         if sizes["gap8"] > min(sizes.values()):
             stream = None
         if stream is not None:
