@@ -26,7 +26,6 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,20 +36,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from tests.format.mutate import mutate
+from tests.format.seeds import Seed, Weights, large, seeds
 
 LIMIT = 1.0  # seconds of the processor for one file; a real hang is ended by libFuzzer, or by pytest
 SPARE = 4 << 20  # bytes beyond twice the file: the interpreter's objects and what the allocator rounds up
 LARGE_EVERY = 5000
+READERS = ("archive", "base", "checkpoint", "codec", "coding", "delta", "fit", "made", "manifest", "units")
 MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
-Weights = dict[str, torch.Tensor]
-
-
-@dataclass
-class Seed:
-    """A good file and the model it was made for."""
-
-    blob: bytes
-    base: Weights
 
 
 @dataclass
@@ -79,64 +71,6 @@ class Log:
             f"refused, {sum(self.faults.values())} other exceptions or faults, slowest {self.slowest:.2f} s, peak memory "
             f"{self.memory:.2f} x file (small files: {self.spare / 2**20:.1f} MiB)"
         )
-
-
-# -- seeds --------------------------------------------------------------------------------------------------
-
-
-def seeds(folder: Path, size: int = 24) -> list[Seed]:
-    """What the writer makes of every unit in every dtype, and every golden file; names differ, so that each finds its base."""
-    from finetooth.base import DTYPES
-    from finetooth.units import KINDS
-
-    draw, out = torch.Generator().manual_seed(0), []
-    for code, dtype in DTYPES.items():
-        for kind in KINDS:
-            out.append(_written(folder, f"{code}.{kind}", dtype, kind, (4, size), 0.2, draw))
-        out.append(_written(folder, f"{code}.dense", dtype, "element", (16, size), 0.6, draw))
-        out.append(_written(folder, f"{code}.sparse", dtype, "element", (128, 256), 0.0005, draw))
-    out.append(_written(folder, "stack", torch.bfloat16, "column", (2, 4, 6), 0.2, draw))
-    return out + list(_golden())
-
-
-def large(folder: Path) -> Seed:
-    """5 MiB of values and their index, enough that the interpreter's own memory is small beside it."""
-    draw = torch.Generator().manual_seed(1)
-    return _written(folder, "large", torch.bfloat16, "element", (2048, 2048), 0.66, draw)
-
-
-def _written(
-    folder: Path, name: str, dtype: torch.dtype, kind: str, shape: tuple[int, ...], share: float, draw: torch.Generator
-) -> Seed:
-    from finetooth.base import fingerprint
-    from finetooth.codec import Change, Origin
-    from finetooth.delta import Delta
-    from finetooth.diff import gather, scatter_
-    from finetooth.selection import Selection
-    from finetooth.units import Unit
-
-    unit, width = Unit(kind, 8 if kind == "block" else 1), dtype.itemsize
-    low = torch.randint(0, 2 if dtype == torch.bool else 100, (*shape, width), generator=draw, dtype=torch.uint8)
-    base = low.view(dtype).reshape(shape)  # no exponent is large enough for an infinity
-    n = unit.count(shape)
-    index = torch.randperm(n, generator=draw)[: max(1, round(share * n))].sort().values.to(torch.int32)
-    chosen = Selection(index, unit, shape)
-    new = (gather(chosen, base).view(torch.uint8) ^ 1).view(dtype)
-    after = base.clone()
-    scatter_(chosen, after, new)
-    key = f"{name}.weight"
-    change = Change(chosen, new, new.numel(), fingerprint(base), fingerprint(after))
-    delta = Delta({key: change}, {f"{name}.tied": key}, Origin("org/name", "abc", 99), "gmt", {"lr": 0.1}, "seed")
-    path = folder / "seed"
-    delta.save(path)
-    return Seed(path.read_bytes(), {key: base})
-
-
-def _golden() -> Iterator[Seed]:
-    from tests.format.golden import make
-
-    for path in sorted(Path(make.__file__).parent.glob("*.safetensors")):
-        yield Seed(path.read_bytes(), make.second_base() if path.stem.endswith("-2") else make.base())
 
 
 # -- one file -----------------------------------------------------------------------------------------------
@@ -294,6 +228,7 @@ def guided(files: int, seed: int, trial: Trial, found: list[Seed], big: Seed, re
 
     longest = 2 * max(len(b) for b in blobs)
     flags = ["-verbosity=0", "-print_final_stats=0", f"-max_len={longest}", "-timeout=60", "-rss_limit_mb=0"]
+    flags.append(f"-artifact_prefix={folder}/")
     atheris.Setup([sys.argv[0], *flags, f"-seed={seed + 1}", "-runs=-1", str(corpus)], test, custom_mutator=change)
     atheris.Fuzz()
 
@@ -303,9 +238,7 @@ def worker(files: int, seed: int, wanted: str, out: Path, keep: Path | None) -> 
     if wanted == "guided":
         import atheris
 
-        with atheris.instrument_imports(
-            include=["finetooth.codec", "finetooth.delta", "finetooth.base", "finetooth.units"]
-        ):
+        with atheris.instrument_imports(include=[f"finetooth.{name}" for name in READERS]):
             import finetooth.delta  # noqa: F401
     torch.set_num_threads(1)
     with ExitStack() as stack:

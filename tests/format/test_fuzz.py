@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetooth import archive
-from tests.format.fuzz import Seed, Trial, plain, seeds
+from tests.format.fuzz import Trial, plain
 from tests.format.mutate import WAYS, mutate
+from tests.format.seeds import Seed, seeds
 
 FILES = 3000
 
