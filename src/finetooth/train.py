@@ -10,6 +10,7 @@ metrics of a run that was not killed.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,7 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
         "data": notes(job),
         "skipped_steps": opt.skipped,
         "state_bytes": opt.state_bytes(),
+        "peak_bytes": peak_bytes(),
         "seconds": round(time.monotonic() - started, 1),
         "run": folder.name,
     }
@@ -98,9 +100,29 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
 
 def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Trainer:
     """TRL's trainer on tokenized rows, with nothing of its own that would touch the optimizer's work."""
+    trainer = Trainer(
+        model=job.model,
+        args=arguments(job),
+        train_dataset=dataset(job),
+        processing_class=job.tokenizer,
+        optimizers=(opt, None),
+        callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress, seal=False)],
+    )
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+        trainer.remove_callback(callback)
+    reporting.arrange(trainer, job.folder)
+    return trainer
+
+
+def dataset(job: Job) -> Dataset:
+    """The training rows as the trainer takes them."""
+    return Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in job.train.examples])
+
+
+def arguments(job: Job, clip: float = 0.0, save: bool = True) -> SFTConfig:
+    """The trainer's settings; it clips to `clip`, which a selective optimizer does itself."""
     recipe, how, rate = job.recipe, job.recipe.train, job.recipe.optimizer
-    rows = [{"input_ids": e.ids, "labels": e.labels} for e in job.train.examples]
-    args = SFTConfig(
+    return SFTConfig(
         output_dir=str(job.folder / "checkpoints"),
         num_train_epochs=how.epochs,
         max_steps=how.max_steps or -1,
@@ -111,13 +133,13 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         learning_rate=rate.lr,
         lr_scheduler_type=rate.schedule,
         warmup_steps=rate.warmup_steps,
-        max_grad_norm=0.0,
+        max_grad_norm=clip,
         bf16=False,
         fp16=False,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=how.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if how.gradient_checkpointing else None,
-        save_strategy="steps",
+        save_strategy="steps" if save else "no",
         save_steps=how.checkpoint_every or 500,
         logging_steps=10,
         logging_first_step=True,
@@ -127,15 +149,16 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(
-        model=job.model,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=job.tokenizer,
-        optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress, seal=False)],
-    )
-    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
-        trainer.remove_callback(callback)
-    reporting.arrange(trainer, job.folder)
-    return trainer
+
+
+def peak_bytes() -> dict[str, int]:
+    """The most that this process has held: of the host's memory, and of the GPU's."""
+    found = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.max_memory_allocated()
+    return found

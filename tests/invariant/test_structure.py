@@ -29,7 +29,8 @@ LEVELS = (
     {"methods", "spelled", "assemble"},
     {"recipe", "embedded", "data", "answers"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
-    | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
+    | {"card", "hub", "overlap", "preflight", "harness", "appraisal"}
+    | {"outsiders", "contest", "tally", "scatter", "compare"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

@@ -100,6 +100,55 @@ def results(found: dict[str, Any], as_json: bool) -> None:
         note(f"{found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
 
 
+def comparison(found: dict[str, Any], as_json: bool) -> None:
+    """Contenders, one a row, as a table or as JSON on stdout."""
+    if as_json:
+        _json(found)
+        return
+    from finetooth.tally import HIGHER, front, quality
+
+    lines, key = found["summary"], quality(found["summary"])
+    best = front(lines, key)
+    table = Table(
+        title=f"mean ± standard deviation; against {lines[0]['contender']}: difference ± 95 % interval",
+        title_justify="left",
+    )
+    heads = [key.replace("_", " ") + (" ↑" if key in HIGHER else " ↓"), "difference", "forgetting ↓", "difference"]
+    for head in ("", "runs", "lr", *heads, "changed", "delta", "s", "peak MB"):
+        table.add_column(head, justify="right" if head else "left")
+    for line in lines:
+        name = f"{line['contender']}{' *' if line['contender'] in best else ''}"
+        spread = [
+            cell
+            for k in (key, "forgetting")
+            for cell in (_pm(line, k, f"{k}_sd"), _pm(line, f"{k}_difference", f"{k}_interval", "+"))
+        ]
+        table.add_row(name, str(line["runs"]), f"{line['lr']:g}", *spread, *_costs(line))
+    console = Console(file=sys.stdout)
+    console.print(table)
+    console.print("* nobody is better in both numbers.  All of it: " + _folder(found["folder"]), highlight=False)
+    for remark in found["remarks"]:
+        note(remark)
+
+
+def _pm(line: dict[str, Any], key: str, spread: str, sign: str = "") -> str:
+    if line.get(key) is None:
+        return ""
+    around = "" if line.get(spread) is None else f" ± {line[spread]:.3f}"
+    return f"{line[key]:{sign}.3f}{around}"
+
+
+def _costs(line: dict[str, Any]) -> list[str]:
+    """Share changed, bytes of the delta, seconds, peak memory; blank where no run ended."""
+    share, size, seconds, peak = (line[k] for k in ("share", "delta_bytes", "seconds", "peak_bytes"))
+    return [
+        "" if share is None else f"{share:.1%}",
+        "" if size is None else f"{size:,.0f}",
+        "" if seconds is None else f"{seconds:.0f}",
+        "" if peak is None else f"{peak / 1e6:,.0f}",
+    ]
+
+
 def appraisal(found: dict[str, Any], as_json: bool) -> None:
     """What `finetooth eval` measured, as a table or as JSON on stdout."""
     if as_json:
