@@ -41,7 +41,9 @@ def windows(file: Path, tokenizer: Any) -> Dataset:
     texts = Dataset.from_dict({"text": documents(file)})
 
     def cut(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        ids = list(chain.from_iterable([*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in batch["text"]))
+        ids = list(
+            chain.from_iterable([*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in batch["text"])
+        )
         return {"input_ids": [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]}
 
     return texts.map(cut, batched=True, batch_size=len(texts), remove_columns=["text"])

@@ -1,0 +1,149 @@
+"""`finetooth compare`: real runs in processes of their own, gone on with after an interruption, and the arithmetic over them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetooth import tally
+from finetooth.cli.main import app
+from finetooth.contest import contender, contenders
+from finetooth.recipe import MethodPart
+from tests.cli.test_train import recipe, runner
+
+pytest.importorskip("scipy", reason="intervals: pip install 'finetooth[dev]'")
+pytest.importorskip("matplotlib", reason="the plot: pip install 'finetooth[dev]'")
+
+
+def call(path: Path, *words: str) -> Any:
+    return runner.invoke(app, ["compare", str(path), *words])
+
+
+@pytest.mark.slow
+def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="LoRA is PEFT's: pip install 'finetooth[dev]'")
+    text = tmp_path / "general.txt"
+    text.write_text("Once upon a time there was a cat.\n<|endoftext|>\nThe dog ran home.\n")
+    path = recipe(tmp_path, data={"limit": 8, "eval_limit": 4}, evaluate={"task": "loss", "forgetting": str(text)})
+    words = ["--methods", "random:keep=0.1,lora:r=2", "--lr", "1e-4,1e-2", "--seeds", "1", "--out", str(tmp_path / "c")]
+    first = call(path, *words, "--json")
+    assert first.exit_code == 0, first.output
+    found = json.loads(first.stdout)
+    assert [r["error"] for r in found["runs"]] == [""] * 6 and len({r["run"] for r in found["runs"]}) == 4
+    for line in found["summary"]:
+        swept = {r["lr"]: r["task_loss"] for r in found["runs"] if r["contender"] == line["contender"]}
+        assert line["task_loss"] == min(swept.values()) == swept[line["lr"]]
+        assert line["delta_bytes"] > 0 and line["peak_bytes"] > 0 and line["forgetting"] is not None
+    with (tmp_path / "c" / "runs.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == [r["run"] for r in found["runs"]]
+    assert b"random:keep=0.1" in (tmp_path / "c" / "pareto.svg").read_bytes()
+    times = {p: p.stat().st_mtime_ns for p in (tmp_path / "c" / "runs").rglob("results.json")}
+    lost = next(p for p in times if "lora-r-2-lr-0.01" in str(p))
+    lost.unlink()  # as an interruption leaves it
+    again = call(path, *words, "--json")
+    assert json.loads(again.stdout)["summary"][0] == found["summary"][0]
+    assert [p for p in times if p.stat().st_mtime_ns != times[p]] == [lost]
+    other = call(path, *words[:6], "--seeds", "1", "--out", str(tmp_path / "c"), "train.max_length=60")
+    assert other.exit_code == 2 and "was run with another recipe" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--methods", "gmt,randon"], "'randon' is unknown: there are full, gmt"),
+        (["--methods", "gmt,gmt"], "'gmt' is there twice"),
+        (["--methods", "gmt:keep"], "write key=value"),
+        (["--methods", "gmt:keep=2.5"], "keep=2.5"),
+        (["--methods", "lora:rank=3"], "no option 'rank': there are r, alpha"),
+        (["--methods", "lora:keep=0.1"], "neither keep nor targets"),
+        (["--lr", "1e-3,x"], "--lr 1e-3,x: give numbers"),
+        (["--lr", "0"], "learning rates are above 0"),
+        (["--lr", "1e-3,1e-3"], "a number is there twice"),
+        (["--select", "nowhere.jsonl"], "--select: there is no file"),
+        (["evaluate.task=none"], "there is nothing to compare by"),
+    ],
+)
+def test_bad_input_runs_nothing(words: list[str], says: str, tmp_path: Path) -> None:
+    result = call(recipe(tmp_path), *words, "--out", str(tmp_path / "c"))
+    assert result.exit_code == 2 and says in result.stderr and not (tmp_path / "c").exists()
+
+
+def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
+    data = tmp_path / "empty.jsonl"
+    data.write_text("")
+    result = call(
+        recipe(tmp_path, data={"train": str(data)}),
+        "--methods",
+        "full,random",
+        "--seeds",
+        "1",
+        "--out",
+        str(tmp_path / "c"),
+        "--json",
+    )
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1 and [bool(r["error"]) for r in found["runs"]] == [True, True]
+    assert "2 of 2 runs failed" in found["remarks"][0] and "empty.jsonl" in found["remarks"][0]
+
+
+def test_budgets_are_for_methods_that_have_one() -> None:
+    found = contenders(["full", "gmt", "random:keep=0.3", "lora"], [0.1, 5], MethodPart())
+    assert [c.label for c in found] == ["full", "gmt:keep=0.1", "gmt:keep=5", "random:keep=0.3", "lora"]
+    assert [c.method.keep for c in found] == [None, 0.1, 5, 0.3, None]
+
+
+def test_options_of_the_recipe_stand_for_its_own_method() -> None:
+    common = MethodPart(name="gift-sw", keep=0.03, **{"bits": 3})
+    assert contender("gift-sw", common).method == common
+    assert contender("random", common).method.keep is None
+    with pytest.raises(ValueError, match=r"keep=1\.5"):
+        contender("random:keep=1.5", common)
+
+
+def row(label: str, seed: int, loss: float, forgetting: float) -> dict[str, Any]:
+    return {
+        "contender": label,
+        "lr": 1e-3,
+        "seed": seed,
+        "stage": "final",
+        "error": "",
+        "task_loss": loss,
+        "forgetting": forgetting,
+    }
+
+
+def test_differences_are_within_a_seed() -> None:
+    """Seeds differ far more than methods: only the paired difference sees it."""
+    rows = [row("a", s, 1.0 + s, 0.5) for s in range(3)] + [
+        row("b", s, 1.1 + s + e, 0.4) for s, e in enumerate((0.0, 0.01, -0.01))
+    ]
+    a, b = tally.summary(rows)
+    assert (
+        a["task_loss"] == 2.0
+        and a["task_loss_sd"] == 1.0
+        and "task_loss_difference" not in {k for k, v in a.items() if v is not None}
+    )
+    assert b["task_loss_difference"] == pytest.approx(0.1)
+    assert b["task_loss_interval"] == pytest.approx(
+        4.302653 * 0.01 / math.sqrt(3), rel=1e-5
+    )  # t(0.975, 2 degrees) from a table
+
+
+def test_a_diverged_rate_is_not_the_best() -> None:
+    rows = [
+        {**row("a", 0, math.nan, 1.0), "lr": 1.0},
+        {**row("a", 0, 2.0, 1.0), "lr": 0.1},
+        {**row("a", 0, 3.0, 0.0), "lr": 0.01},
+    ]
+    assert tally.best(rows) == {"a": 0.1}
+
+
+def test_what_a_reader_must_know() -> None:
+    rows = [{**row("a", 0, loss, 1.0), "lr": lr, "stage": "sweep"} for lr, loss in ((0.1, 1.0), (0.01, 2.0))]
+    said = tally.remarks(rows, [0.1, 0.01])
+    assert "at an end of the sweep" in said[0] and "a (0.1)" in said[0] and "fewer than three seeds" in said[1]
