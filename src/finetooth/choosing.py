@@ -9,7 +9,8 @@ How a step then updates what was chosen is in `optim.py`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from finetooth import pieces, shards
 from finetooth.anatomy import Part
-from finetooth.checks import check_shards
+from finetooth.checks import check_finite, check_shards
 from finetooth.gradients import Gradients, remove_gradients
 from finetooth.kernels import reference
 from finetooth.linear import Chosen, structured
@@ -63,6 +64,7 @@ class ChoosingOptimizer(SavedOptimizer):
             str, Any
         ] = {}  # what is in the model for as long as the optimizer lives; each can `remove`
         weakref.finalize(self, _take_out, self._attached)
+        self._check_weights()
         if self._model is not None:
             remove_noise(self._model)  # of an earlier optimizer
             remove_gradients(self._model)
@@ -99,6 +101,10 @@ class ChoosingOptimizer(SavedOptimizer):
         self._take_prints()
         if self._to_base and not self._knows_bases():
             raise ValueError('decay_to="base" needs the pretrained values of what trains: give base=.')
+
+    def _check_weights(self) -> None:
+        known = {n: p for n, p in [*self._parameters().items(), *self._others.items()] if p is not None}
+        check_finite(known, bool(self._cuts))
 
     def _live(self) -> dict[str, Tensor]:
         self._adopt()
@@ -152,7 +158,10 @@ class ChoosingOptimizer(SavedOptimizer):
             slot.follow(here, live[name], self.rest.kind == "reset", self._remembers(slot), self._masters)
         self._count_chosen()
         if not self._selected():
-            raise ValueError(f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.")
+            why = " Every unit holds an excluded entry: choose a smaller unit." if self.rule.exclude else ""
+            raise ValueError(
+                f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.{why}"
+            )
         self._settle()
         self._gather()
 
@@ -204,6 +213,16 @@ class ChoosingOptimizer(SavedOptimizer):
         base = self._pretrained(name)
         assert base is not None  # _start has asked
         return base.float()
+
+    @contextmanager
+    def _kept(self, live: Mapping[str, Tensor]) -> Iterator[None]:
+        """What is excluded has its values again after the block: where gradients are masked, decay moves every weight."""
+        exclude = self.rule.exclude if self.rule is not None else {}
+        places = {n: exclude[n].to(p.device, torch.int64) for n, p in live.items() if n in exclude}
+        aside = {n: live[n].detach().view(-1)[at] for n, at in places.items()}
+        yield
+        for n, values in aside.items():
+            live[n].detach().view(-1)[places[n]] = values
 
     def _how(self, name: str) -> Rounding:
         """How this step writes a tensor of low precision: from a master to nearest, else as asked, or without bias."""
@@ -277,6 +296,7 @@ class ChoosingOptimizer(SavedOptimizer):
             "rest": f"{rest.kind}({rest.bits}, {rest.zero_moments})",
             "rounding": self._rounding,
             "moments": self._moments,
+            "exclude": None if rule is None else rule.excluded(),
         }
 
     def _extra_state(self) -> dict[str, Any]:

@@ -65,6 +65,15 @@ class Selection:
         else:
             grid[torch.unravel_index(index, grid.shape[:-1])] = values
 
+    def entries(self) -> Tensor:
+        """Where the chosen entries lie, row-major: int64 `[k, unit_numel]`, in the order of `gather`."""
+        size, start = self.unit.numel(self.shape), self.index.long()[:, None]
+        inner = torch.arange(size, device=start.device)[None]
+        if self.unit.kind == "column":
+            columns = self.shape[-1]
+            return start // columns * (size * columns) + start % columns + inner * columns
+        return start * size + inner
+
     def mask(self) -> Tensor:
         """A boolean tensor of the weight's shape, true where chosen."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device)
@@ -106,6 +115,10 @@ def select_pools(rule: Rule, weights: Iterable[Weight]) -> Iterator[dict[str, Se
         pools.setdefault(rule.pool(weight.name), []).append(weight)
     if not pools:
         return
+    if rule.exclude and any(w.cut is not None for members in pools.values() for w in members):
+        raise ValueError(
+            "exclude= with sharded parameters is not supported: train without it, and merge what conflicts."
+        )
     seed = next(iter(pools.values()))[0].seed
     units = {pool: _units(rule, members) for pool, members in pools.items()}
     budgets = rule.budgets(units, seed)
@@ -134,7 +147,7 @@ def _choose_units(rule: Rule, members: list[Weight], k: int) -> dict[str, Select
         return {w.name: Selection(_ids(i), w.stored[1], w.stored[0]) for w, i in zip(members, found, strict=True)}
     second = (lambda: torch.cat([unit_scores(tie, w) for w in members])) if tie else None
     flat = scores[0] if len(scores) == 1 else torch.cat(scores)
-    index, out, start = top(flat, k, second, rule.threshold), {}, 0
+    index, out, start = _top_allowed(rule, members, flat, k, second), {}, 0
     for w, s in zip(members, scores, strict=True):
         low, high = torch.searchsorted(index, torch.tensor([start, start + s.numel()], device=index.device)).tolist()
         shape, unit = w.stored
@@ -143,16 +156,33 @@ def _choose_units(rule: Rule, members: list[Weight], k: int) -> dict[str, Select
     return out
 
 
+def _top_allowed(rule: Rule, members: list[Weight], flat: Tensor, k: int, tie: Callable[[], Tensor] | None) -> Tensor:
+    """`top` of the units that hold no excluded entry."""
+    if not any(w.name in rule.exclude for w in members):
+        return top(flat, k, tie, rule.threshold)
+    masks = []
+    for w in members:
+        shape, unit = w.stored
+        masks.append(torch.ones(unit.count(shape), dtype=torch.bool, device=flat.device))
+        if w.name in rule.exclude:
+            masks[-1][unit.of(rule.exclude[w.name].to(flat.device, torch.int64), shape)] = False
+    allowed = torch.cat(masks).nonzero().squeeze(1)
+    return allowed[top(flat[allowed], k, None if tie is None else lambda: tie()[allowed], rule.threshold)]
+
+
 def _choose_groups(rule: Rule, members: list[Weight], k: int) -> dict[str, Selection]:
     """The score of a group is the mean over its tensors, so that a bias does not count as a second vote."""
     groups: dict[str, list[Tensor]] = {}
     for w in members:
         groups.setdefault(group_of(rule.unit, w.name), []).append(unit_scores(rule.score, w))
-    flat = torch.cat([torch.stack(s).mean(0) for s in groups.values()])
+    device = next(iter(groups.values()))[0].device
+    for name in {group_of(rule.unit, w.name) for w in members if w.name in rule.exclude}:
+        del groups[name]
+    flat = torch.cat([torch.stack(s).mean(0) for s in groups.values()]) if groups else torch.empty(0, device=device)
     kept = {list(groups)[i] for i in top(flat, k).tolist()}
     out = {}
     for w in members:
-        whole = Selection.whole(w.stored[0], flat.device, rule.unit)
+        whole = Selection.whole(w.stored[0], device, rule.unit)
         out[w.name] = whole if group_of(rule.unit, w.name) in kept else replace(whole, index=whole.index[:0])
     return out
 
@@ -175,7 +205,11 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
         )
     low, high = s.aminmax() if s.numel() else (s.new_zeros(()), s.new_zeros(()))  # either is NaN if any entry is
     if not (low >= 0 and high < math.inf):
-        raise ValueError(f"score {name!r} is negative or not finite in {w.name!r}: a score is a non-negative number.")
+        bad = [key for key in w.stats if not bool(torch.isfinite(w.stats[key]).all())]
+        hint = f" What calibration measured there ({', '.join(bad)}) is not finite: look at its batches." if bad else ""
+        raise ValueError(
+            f"score {name!r} is negative or not finite in {w.name!r}: a score is a non-negative number.{hint}"
+        )
     w.forget()
     return s
 

@@ -21,15 +21,31 @@ PACKAGE = SRC / "finetooth"
 
 # From low to high. A module may import its own level and those below; a cycle is never allowed.
 LEVELS = (
-    {"units", "kernels", "shards", "quantize", "files"},
+    {"units", "kernels", "shards", "quantize", "files", "nearest", "schema"},
     {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
-    | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
-    {"methods", "spelled", "assemble"},
-    {"recipe", "embedded", "data", "answers"},
+    | {
+        "coding",
+        "codec",
+        "made",
+        "manifest",
+        "archive",
+        "diff",
+        "fit",
+        "delta",
+        "meter",
+        "reverted",
+        "reference",
+        "shira",
+        "serve",
+    }
+    | {"moves", "merging", "conflicting", "contrast", "chain", "switch"},
+    {"methods", "spelled", "exclude", "assemble"},
+    {"recipe", "embedded", "data", "answers", "pretrained"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
-    | {"card", "hub", "overlap", "preflight", "harness", "appraisal"}
+    | {"generated"}
+    | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"}
     | {"outsiders", "contest", "tally", "scatter", "compare"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
