@@ -1,4 +1,4 @@
-"""The tables of delta files on docs/benchmarks.md, of the rows that `delta_files.py` appends. Of every measure the last run is shown."""
+"""The tables of deltas on docs/benchmarks.md, of the rows that `delta_files.py` and `switch.py` append. Of every measure the last run is shown."""
 
 from __future__ import annotations
 
@@ -12,6 +12,37 @@ def delta_tables(rows: list[Row]) -> str:
         return "Not measured yet."
     parts = [(shown["coding"], _codings), (shown["trained"], _trained), (shown["peak"], _peaks)]
     return "\n\n".join(f"{_where(lines[0])}\n\n{make(lines)}" for lines, make in parts if lines)
+
+
+def switch_table(rows: list[Row]) -> str:
+    """Going from one fine-tune to another: milliseconds, the first way being ours, and the others as multiples of it."""
+    if not rows:
+        return "Not measured yet."
+    shown = _last(rows)
+    cases: dict[tuple[str, str], dict[str, Row]] = {}
+    for r in shown:
+        cases.setdefault((r["size"], r["dtype"]), {})[r["way"]] = r
+    lines = []
+    for (size, dtype), found in cases.items():
+        ours = float(next(iter(found.values()))["median_ms"])
+        for way, r in found.items():
+            times = [number(float(r[f"{key}_ms"])) for key in ("median", "min", "max")]
+            ratio = number(float(r["median_ms"]) / ours)
+            lines.append(
+                [
+                    f"{size} {dtype}",
+                    way,
+                    f"{times[0]} ({times[1]}-{times[2]})",
+                    ratio,
+                    number(float(r["forward_ms"])),
+                    r["held_mb"],
+                ]
+            )
+    head = ["", "way", "switch, ms", "× DeltaSwitch", "a forward of 16 tokens, ms", "held beside the model, MiB"]
+    r = shown[0]
+    place = f"{r['hardware']}{threads(r['threads'])}; torch {r['torch']}, transformers {r['transformers']}, peft {r['peft']}"
+    said = f"{place}; {r['run'][:10]}, commit {r['commit']}; {r['repeats']} repeats:"
+    return f"{said}\n\n```sh\n{r['command']}\n```\n\n{table(head, lines)}"
 
 
 def _last(rows: list[Row]) -> list[Row]:
