@@ -46,7 +46,7 @@ LEVELS = (
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"generated"}
     | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"}
-    | {"outsiders", "contest", "tally", "scatter", "compare"},
+    | {"outsiders", "contest", "entrant", "tally", "scatter", "compare"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},
