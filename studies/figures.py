@@ -40,6 +40,8 @@ def draw(question: Path, out: Path) -> list[str]:
         written.append(intervals(lines, part.get("number", "task_loss"), out / f"{name}.svg"))
         if "curve" in part:
             written.append(curves(lines, part["curve"], out / f"{name}-curve.svg"))
+    if not table:
+        return []
     with written[0].open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
         writer.writeheader()

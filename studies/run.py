@@ -24,6 +24,7 @@ import yaml
 from figures import draw
 from tasks import prepare
 
+from finetooth import embedded
 from finetooth.contest import contenders
 from finetooth.recipe import MethodPart
 
@@ -47,15 +48,18 @@ class Comparison:
         return swept + finals, swept + finals + self.contenders * size["widen"]
 
 
-def comparisons(question: Path, size: dict[str, Any], out: Path, only: list[str]) -> Iterator[Comparison]:
-    """Every part on every recipe of it."""
+def comparisons(
+    question: Path, size: dict[str, Any], out: Path, only: set[str], named: set[str]
+) -> Iterator[Comparison]:
+    """Every part on every recipe of it, or those that are asked for."""
     for name, part in yaml.safe_load(question.read_text(encoding="utf-8"))["parts"].items():
-        methods = [m.replace("TENTH", str(max(1, size["steps"] // 10))) for m in part["methods"]]
+        methods = [m for m in part["methods"] if not named or {m, m.split(":")[0]} & named]
+        methods = [m.replace("TENTH", str(max(1, size["steps"] // 10))) for m in methods]
         keep = part.get("keep", [])[: size.get("budgets")]
         found = contenders(methods, keep, MethodPart())
         rates = part.get("rates", size["rates"])[: len(size["rates"])]
         for recipe in part["recipes"]:
-            if only and recipe not in only:
+            if not methods or (only and not {recipe, name, f"{name}/{recipe}"} & only):
                 continue
             changes = [*size["set"], f"train.max_steps={size['steps']}", *part.get("set", [])]
             words = ["compare", str(HERE / "recipes" / f"{recipe}.yaml"), *changes]
@@ -79,7 +83,8 @@ def main(
     data: Annotated[Path, typer.Option(help="The folder with tasks/, preferences/ and lm/.")],
     base: Annotated[str, typer.Option(help="The pretrained model.")],
     size: Annotated[str, typer.Option(help="try, small or full; see sizes.yaml.")] = "small",
-    only: Annotated[str, typer.Option(help="Recipes, with commas, if not all.")] = "",
+    only: Annotated[str, typer.Option(help="Recipes, parts or PART/RECIPE, with commas, if not all.")] = "",
+    methods: Annotated[str, typer.Option(help="Methods, with commas, if not all.")] = "",
     out: Path = Path("runs/study"),
     jobs: Annotated[int, typer.Option(help="Runs at a time, where their times are no answer.")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads of each.")] = 1,
@@ -88,7 +93,10 @@ def main(
     """Run what is missing of a question, and put it together."""
     question, how = next(HERE.glob(f"{number}-*.yaml")), yaml.safe_load((HERE / "sizes.yaml").read_text())[size]
     out = out.resolve() / size
-    wanted = list(comparisons(question, how, out, [name for name in only.split(",") if name]))
+    chosen, named = ({name for name in text.split(",") if name} for text in (only, methods))
+    wanted = list(comparisons(question, how, out, chosen, named))
+    if not wanted:
+        raise typer.BadParameter("nothing of this question is left.")
     least, most = (sum(counts) for counts in zip(*(c.runs(how) for c in wanted), strict=True))
     typer.echo(f"{len(wanted)} comparisons, {least} to {most} runs of {how['steps']} steps", err=True)
     if dry:
@@ -115,6 +123,8 @@ def main(
 
 
 def _whole(base: str) -> str:
+    if base.startswith(embedded.PREFIX):
+        return str(embedded.path(base))
     return str(Path(base).resolve()) if Path(base).is_dir() else base
 
 
