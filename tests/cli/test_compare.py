@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import signal
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from finetooth import tally
+from finetooth.cli.board import Board
 from finetooth.cli.main import app
-from finetooth.contest import contender, contenders
+from finetooth.contest import Entry, contender, contenders
 from finetooth.recipe import MethodPart
 from tests.cli.test_train import recipe, runner
 
@@ -193,6 +196,22 @@ def row(label: str, seed: int, loss: float, forgetting: float) -> dict[str, Any]
         "task_loss": loss,
         "forgetting": forgetting,
     }
+
+
+def test_the_board_says_what_has_become_of_every_run() -> None:
+    board, one, two = Board(), contender("gmt"), contender("random:keep=0.1")
+    for entry in (Entry(one, 1e-3, 0), Entry(one, 3e-3, 0), Entry(two, 1e-3, 0)):
+        board.note(entry, "sweep", "waits", None)
+    assert board.note(None, "base", "runs", None) == "the base is measured: runs"
+    assert board.note(Entry(one, 1e-3, 0), "sweep", "ended", 1.2345) == "1 of 3  sweep gmt lr 0.001 seed 0: 1.234"
+    board.note(Entry(one, 3e-3, 0), "sweep", "failed", None)
+    board.note(Entry(two, 1e-3, 0), "sweep", "runs", None)
+    board.note(Entry(one, 1e-3, 1), "final", "ended", 2.0)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(board)
+    lines = [" ".join(line.replace("│", " ").split()) for line in console.export_text().splitlines()]
+    assert "gmt 1.234 failed 0.001 2.000" in lines and "random:keep=0.1 runs" in lines
+    assert lines[0].startswith("3 of 4 runs")
 
 
 def test_differences_are_within_a_seed() -> None:
