@@ -10,6 +10,7 @@ metrics of a run that was not killed.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ from finetooth.files import room
 from finetooth.guard import NonFiniteError
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.jobs import Job, check, load, optimizer
-from finetooth.measure import forgetting, measure, notes, quantized, remarks, reverts, sample, summary
+from finetooth.measure import Measured, forgetting, measure, notes, quantized, remarks, reverts, sample, summary
 from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import Recipe
@@ -38,11 +39,12 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    before: Measured | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; the results, as they are also written to `results.json`.
 
     There `run` is the folder's name, here its path. `say` is told, before training starts, what a person should know
-    about the data, and about checkpoints that cannot be used.
+    about the data, and about checkpoints that cannot be used. `before` is what `measure` said of the base, where it is known.
 
     Raises NotWritten if the disk is full, and NonFiniteError after `train.stop_after_nonfinite` bad steps in a row: the last
     complete checkpoint is unharmed, and named.
@@ -57,15 +59,17 @@ def train(
             say(remark)
     with run.kept(folder):
         run.start(recipe)
-        return _run(job, checkpoint, progress, started)
+        return _run(job, checkpoint, progress, started, before or measure(job))
 
 
-def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: float) -> dict[str, Any]:
+def _run(
+    job: Job, checkpoint: Path | None, progress: Progress | None, started: float, base: Measured
+) -> dict[str, Any]:
     recipe, folder = job.recipe, job.folder
-    before, said_before = measure(job)
+    before, said_before = base
     opt = optimizer(job)
     trainer = make_trainer(job, opt, progress)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    costs = fitted(trainer, checkpoint)
     reporting.finish(trainer)
     if not opt.steps:
         raise NonFiniteError(
@@ -89,6 +93,8 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
         "data": notes(job),
         "skipped_steps": opt.skipped,
         "state_bytes": opt.state_bytes(),
+        **costs,
+        "peak_bytes": peak_bytes(),
         "seconds": round(time.monotonic() - started, 1),
         "run": folder.name,
     }
@@ -104,9 +110,40 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
 
 def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Trainer:
     """TRL's trainer on tokenized rows, with nothing of its own that would touch the optimizer's work."""
+    trainer = Trainer(
+        model=job.model,
+        args=arguments(job),
+        train_dataset=dataset(job),
+        processing_class=job.tokenizer,
+        optimizers=(opt, None),
+        callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress, seal=False)],
+    )
+    trainer.selective = opt
+    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+        trainer.remove_callback(callback)
+    reporting.arrange(trainer, job.folder)
+    return trainer
+
+
+def fitted(trainer: Trainer, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Train. How many seconds that took, which nobody knows of a run that was resumed, and the most memory held by its end."""
+    began = time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = round(time.monotonic() - began, 2) if checkpoint is None else None
+    return {"train_seconds": seconds, "train_peak_bytes": peak_bytes()}
+
+
+def dataset(job: Job) -> Dataset:
+    """The training rows as the trainer takes them."""
+    return Dataset.from_list([{"input_ids": e.ids, "labels": e.labels} for e in job.train.examples])
+
+
+def arguments(job: Job, clip: float = 0.0, save: bool = True) -> SFTConfig:
+    """The trainer's settings; it clips to `clip`, which a selective optimizer does itself."""
     recipe, how, rate = job.recipe, job.recipe.train, job.recipe.optimizer
-    rows = [{"input_ids": e.ids, "labels": e.labels} for e in job.train.examples]
-    args = SFTConfig(
+    return SFTConfig(
         output_dir=str(job.folder / "checkpoints"),
         num_train_epochs=how.epochs,
         max_steps=how.max_steps or -1,
@@ -117,13 +154,13 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         learning_rate=rate.lr,
         lr_scheduler_type=rate.schedule,
         warmup_steps=rate.warmup_steps,
-        max_grad_norm=0.0,
+        max_grad_norm=clip,
         bf16=False,
         fp16=False,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=how.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if how.gradient_checkpointing else None,
-        save_strategy="steps",
+        save_strategy="steps" if save else "no",
         save_steps=how.checkpoint_every or 500,
         logging_steps=10,
         logging_first_step=True,
@@ -133,16 +170,16 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(
-        model=job.model,
-        args=args,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=job.tokenizer,
-        optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress, seal=False)],
-    )
-    trainer.selective = opt
-    for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
-        trainer.remove_callback(callback)
-    reporting.arrange(trainer, job.folder)
-    return trainer
+
+
+def peak_bytes() -> dict[str, int]:
+    """The most that this process has held: of the host's memory, and of the GPU's."""
+    found = {}
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["host"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.max_memory_allocated()
+    return found

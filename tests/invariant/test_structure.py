@@ -45,7 +45,8 @@ LEVELS = (
     {"recipe", "embedded", "data", "answers", "pretrained"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"generated"}
-    | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"},
+    | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"}
+    | {"outsiders", "contest", "entrant", "tally", "scatter", "compare"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -103,6 +104,61 @@ def results(found: dict[str, Any], as_json: bool) -> None:
     console.print(facts)
     if found["skipped_steps"]:
         note(f"{found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
+
+
+def comparison(found: dict[str, Any], as_json: bool) -> None:
+    """Contenders, one a row, as a table or as JSON on stdout."""
+    if as_json:
+        _json(found)
+        return
+    from finetooth.tally import HIGHER, front, quality
+
+    lines, key = found["summary"], quality(found["summary"])
+    best = front(lines, key)
+    table = Table(
+        title=f"mean ± standard deviation; below it the difference from {lines[0]['contender']} ± 95 % interval",
+        title_justify="left",
+        box=SIMPLE,
+    )
+    name = key.replace("_", " ") + (" ↑" if key in HIGHER else " ↓")
+    costs = Table(
+        "", title="medians: what is stored, training alone, and its process at most", title_justify="left", box=SIMPLE
+    )
+    for one, heads in ((table, ("", "lr", name, "forgetting ↓")), (costs, ("runs", "changed", "bytes", "s", "MB"))):
+        for head in heads:
+            one.add_column(head, **({"justify": "right", "no_wrap": True} if head else {"overflow": "fold"}))
+    for line in lines:
+        label = Text(f"{line['contender']}{' *' if line['contender'] in best else ''}")
+        pairs = [
+            f"{_pm(line, k, f'{k}_sd')}\n{_pm(line, f'{k}_difference', f'{k}_interval', '+')}".rstrip()
+            for k in (key, "forgetting")
+        ]
+        table.add_row(label, f"{line['lr']:g}", *pairs)
+        costs.add_row(label, str(line["runs"]), *_costs(line))
+    console = Console(file=sys.stdout)
+    console.print(table)
+    console.print(costs)
+    console.print("* nobody is better in both numbers.  All of it: " + _folder(found["folder"]), highlight=False)
+    for remark in found["remarks"]:
+        note(remark)
+
+
+def _pm(line: dict[str, Any], key: str, spread: str, sign: str = "") -> str:
+    if line.get(key) is None:
+        return ""
+    around = "" if line.get(spread) is None else f" ± {line[spread]:.3f}"
+    return f"{line[key]:{sign}.3f}{around}"
+
+
+def _costs(line: dict[str, Any]) -> list[str]:
+    """Share changed, bytes of the delta, seconds, peak memory; blank where no run ended."""
+    share, size, seconds, peak = (line[k] for k in ("share", "delta_bytes", "train_seconds", "train_peak_bytes"))
+    return [
+        "" if share is None else f"{share:.1%}",
+        "" if size is None else f"{size:,.0f}",
+        "" if seconds is None else f"{seconds:.0f}",
+        "" if peak is None else f"{peak / 1e6:,.0f}",
+    ]
 
 
 def appraisal(found: dict[str, Any], as_json: bool) -> None:
