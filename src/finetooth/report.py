@@ -1,0 +1,267 @@
+"""A run folder as one page: how it learnt, what it chose and changed, what it cost, what it forgot, and what it was made of.
+
+Everything on the page comes from the folder; what the folder lacks is said where it would stand. `finetooth compare`'s folders are
+`contrasted.py`'s.
+
+Not covered: following a run that is going on. The page is made anew by the same command.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetooth import embedded, figures, tally
+from finetooth.methods import METHODS
+from finetooth.page import Figure, Page, Section, Table, Tile, clock, number, size
+from finetooth.record import Record, Tensors
+
+EARLIER = "not recorded: the run was made by an earlier Finetooth. Train it again to have it."
+UNFINISHED = "not there yet: the run has not come to its end. Go on with `finetooth train RECIPE.yaml --resume`."
+
+
+def page(run: Record) -> Page:
+    """The report of a run."""
+    name, results = run.recipe.method.name, run.results
+    base = Path(run.recipe.model.removeprefix(embedded.PREFIX)).name
+    row = METHODS.get(name)
+    last = run.steps[-1]["step"] if run.steps else 0
+    state = "" if results else f"This run has no end: what is here is what it left at step {last:,}."
+    under = f"{run.folder.resolve().name} · {row.paper if row else name} · {last:,} optimizer steps"
+    sections = [_quality(run), _learning(run), _gradients(run), _selection(run), _changed(run), _resources(run)]
+    return Page(
+        f"{base}, fine-tuned with {name}",
+        under,
+        state,
+        _tiles(run),
+        [*sections, _samples(run), _recipe(run), _made_of(run)],
+    )
+
+
+def _tiles(run: Record) -> list[Tile]:
+    found = run.results
+    if not found:
+        return []
+    key = tally.quality([found["after"]])
+    tiles = []
+    if key in found["after"]:
+        tiles.append(
+            Tile(_words(key), f"{number(found['before'].get(key))} → {number(found['after'][key])}", _better(key))
+        )
+    if found["forgetting"] is not None:
+        tiles.append(
+            Tile(
+                "forgetting", number(found["forgetting"], sign="+"), "nats a token on the general text, less is better"
+            )
+        )
+    tiles += [
+        Tile("weights changed", f"{found['share']:.2%}", f"{found['changed']:,} of {found['weights']:,}"),
+        Tile(
+            "delta on disk",
+            size(found["delta_bytes"]),
+            f"{found['delta_bytes'] / max(found['changed'], 1):.2f} bytes a changed weight",
+        ),
+        Tile("time", clock(found["seconds"]), "loading and both evaluations included"),
+    ]
+    peak = found.get("peak_bytes") or {}
+    held = peak.get("gpu", peak.get("host"))
+    return (
+        [*tiles, Tile("peak memory", size(held), "of the GPU" if "gpu" in peak else "of the process")]
+        if held
+        else tiles
+    )
+
+
+def _quality(run: Record) -> Section:
+    title = "Quality and forgetting"
+    if not run.results:
+        return Section(title, missing=[UNFINISHED])
+    before, after, forgotten = (run.results[k] for k in ("before", "after", "forgetting"))
+    rows = [
+        [
+            f"{_words(key)}, {_better(key)}",
+            number(before.get(key)),
+            number(after[key]),
+            _difference(before.get(key), after[key]),
+        ]
+        for key in after
+    ]
+    said = ["Losses are mean token cross-entropies in nats."] if rows else []
+    missing = [] if rows else ["not measured: the recipe has no data.eval with an evaluate.task."]
+    if forgotten is None:
+        missing.append("forgetting was not measured: give the recipe a general text (evaluate.forgetting).")
+    else:
+        said.append(
+            "Forgetting is how much the loss on the general text, which the model was not tuned for, has grown."
+        )
+        rows.append(["forgetting, less is better", "", "", number(forgotten, sign="+")])
+    return Section(
+        title, said, tables=[Table(["", "before", "after", "change"], rows)] if rows else [], missing=missing
+    )
+
+
+def _learning(run: Record) -> Section:
+    steps = run.steps
+    if not steps:
+        return Section("Learning", missing=["no step was logged: the run ended before its first."])
+    loss, rate = _curve(steps, "loss"), _curve(steps, "learning_rate")
+    drawn = [
+        Figure(figures.lines("loss", {"loss": loss}, "optimizer step", "nats a token", bottom=0), "Training loss", "Mean over the steps since the point before."),
+        Figure(figures.lines("rate", {"lr": rate}, "optimizer step", "learning rate", bottom=0), "Learning rate", "The rate that the step was made with."),
+    ]  # fmt: skip
+    return Section("Learning", figures=drawn)
+
+
+def _gradients(run: Record) -> Section:
+    steps, limit = run.steps, run.recipe.optimizer.max_grad_norm
+    said, missing, drawn = list[str](), list[str](), list[Figure]()
+    norms = [(x, y) for x, y in _curve(steps, "grad_norm") if y > 0]
+    if norms:
+        level = (limit, f"clipped above {limit:g}") if limit else None
+        drawn.append(Figure(figures.lines("norm", {"norm": norms}, "optimizer step", "2-norm", log=True, level=level), "Gradient norm", "Before clipping, of the gradients that the step uses: not of those of weights that are not chosen."))  # fmt: skip
+    clipped = _curve(steps, "clipped_steps")
+    if not limit:
+        missing.append("nothing was clipped: the recipe has optimizer.max_grad_norm: 0.")
+    elif clipped:
+        shares = [
+            (b, (m - n) / (b - a)) for (a, n), (b, m) in zip([(0.0, 0.0), *clipped], clipped, strict=False) if b > a
+        ]
+        drawn.append(Figure(figures.lines("clipped", {"clipped": shares}, "optimizer step", "steps clipped", percent=True, bottom=-0.03, top=1.03), "Clip rate", f"Share of the steps since the point before; {clipped[-1][1]:,.0f} of {clipped[-1][0]:,.0f} steps in all."))  # fmt: skip
+    elif steps:
+        missing.append(f"the clip rate is {EARLIER}")
+    if steps and steps[-1].get("skipped_steps"):
+        said.append(f"{steps[-1]['skipped_steps']:,} steps had a gradient that was not finite, and wrote nothing.")
+    return Section("Gradients", said, drawn, missing=missing)
+
+
+def _selection(run: Record) -> Section:
+    chosen, moved = run.chosen(), [line for line in run.selection if "kept" in line]
+    if chosen is None:
+        why = EARLIER if run.results or run.steps else "nothing had been chosen yet."
+        return Section("Selection", missing=[f"which weights were chosen is {why}"])
+    lines, first = len(run.selection), run.selection[0]["step"]
+    often = (
+        f"Mean over {lines:,} looks, one with every line of the log." if lines > 1 else f"As it was at step {first:,}."
+    )
+    said = [
+        f"{chosen.share:.2%} of the weights that take part were chosen. What takes no part is frozen and not counted here."
+    ]
+    drawn, tables = _maps("chosen", "Chosen, % of the entries", often, chosen)
+    if moved:
+        kept = {"kept": [(float(first), 1.0), *_curve(moved, "kept")], "left": _curve(moved, "left")}
+        chance = run.chance()
+        level = None if chance is None else (chance, "kept by chance")
+        drawn.append(Figure(figures.lines("moved", kept, "optimizer step", "share of what was chosen", percent=True, bottom=-0.03, top=1.03, level=level), "How the selection moved", "kept: of the first selection, what is chosen now. left: of what was chosen at the point before, what is not now. Of a sample of each tensor; good to about 1 %."))  # fmt: skip
+    elif "first" in run.selection[0]:
+        said.append("There was one look only: nothing can be said of how it moved.")
+    else:
+        said.append("It was made once, and did not move.")
+    return Section("Selection", said, drawn, tables)
+
+
+def _maps(salt: str, title: str, said: str, tensors: Tensors) -> tuple[list[Figure], list[Table]]:
+    """A heat map of the blocks, and a table of what lies outside them."""
+    inside, outside = tensors.blocks(), tensors.outside()
+    drawn = []
+    if inside.of:
+        rows, columns, shares = inside.cells()
+        drawn.append(Figure(figures.heat(salt, rows, columns, shares), title, f"Layer by kind of matrix. {said}"))
+    rest = [[name, f"{share:.2%}", f"{of:,}"] for name, share, of in outside]
+    return drawn, [Table(["outside the blocks", title.split(",")[0].lower(), "entries"], rest)] if rest else []
+
+
+def _changed(run: Record) -> Section:
+    title, changed, delta = "Weights changed", run.changed(), run.delta
+    if changed is None or delta is None:
+        return Section(
+            title, missing=[UNFINISHED if not run.results else "there is no delta.safetensors in the folder."]
+        )
+    info = delta.info()
+    kinds = sorted({str(change.kind[1]).removeprefix("torch.") for change in delta.changes.values()})
+    reverted = (run.results or {}).get("reverted")
+    facts = [
+        ["changed", f"{info['changed']:,} of {info['weights']:,} ({info['share'] or 0:.2%})"],
+        ["held in", ", ".join(kinds)],
+        ["counted", "an entry whose bits differ from the base's; the tolerance is none"],
+        ["tensors with a change", f"{info['tensors']:,}"],
+        ["stored as", ", ".join(f"{unit} in {n:,}" for unit, n in sorted(info["units"].items()))],
+        [
+            "taken off again",
+            "not tried" if reverted is None else "the base, bit for bit" if reverted else "NOT the base",
+        ],
+    ]
+    drawn, tables = _maps(
+        "changed", "Changed, % of the entries", "Of the delta: what differs from the base in the end.", changed
+    )
+    return Section(title, figures=drawn, tables=[Table([], facts, text=True), *tables])
+
+
+def _resources(run: Record) -> Section:
+    title, lines = "Time and memory", run.resources
+    missing = [] if lines else [f"memory over time is {EARLIER}"]
+    curves = {
+        word: [(x, y / 1e6) for x, y in _curve(lines, key)]
+        for word, key in (("process", "host_bytes"), ("GPU", "gpu_bytes"))
+    }
+    drawn, facts = list[Figure](), list[list[str]]()
+    for word, points in curves.items():
+        if points:
+            drawn.append(Figure(figures.lines(f"memory {word}", {word: points}, "optimizer step", "MB", bottom=0), f"Memory of the {word}", "The most that was held since the point before, when all gradients of a step are there."))  # fmt: skip
+    if len(lines) > 1:
+        (a, s), (b, t) = [(line["step"], line["seconds"]) for line in (lines[0], lines[-1])]
+        facts.append(["a step", f"{(t - s) / max(b - a, 1):.3g} s, the mean after step {a:,}"])
+        facts.append(["training", clock(t)])
+    if run.results:
+        facts.append(["the optimizer's state", size(run.results["state_bytes"])])
+        facts += [[f"peak of the {'GPU' if k == 'gpu' else 'process'}", f"{size(n)}, evaluation included"] for k, n in (run.results.get("peak_bytes") or {}).items()]  # fmt: skip
+    return Section(title, figures=drawn, tables=[Table([], facts, text=True)] if facts else [], missing=missing)
+
+
+def _samples(run: Record) -> Section:
+    title = "Samples"
+    if run.samples:
+        return Section(title, ["Rows of the evaluation file, spread over it; greedy generations. ✓: what the task counts as right."], samples=run.samples)  # fmt: skip
+    one = (run.results or {}).get("sample")
+    if one:
+        return Section(title, ["One row; this run noted no more."], samples=[{**one, "right": False}])
+    why = UNFINISHED if not run.results else "not recorded: the recipe has no data.eval with prompts to answer."
+    return Section(title, missing=[why])
+
+
+def _recipe(run: Record) -> Section:
+    said = ["Every default is written out; of local paths only the last part is shown."]
+    data = (run.results or {}).get("data") or {}
+    rows = [
+        [name, f"{of['rows']:,}", f"{of['truncated']:,}", f"{of['without_target']:,}", f"{of['tokens_learnt']:,}"]
+        for name in ("train", "eval")
+        if (of := data.get(name))
+    ]
+    tables = [Table(["data", "rows", "cut to max_length", "left out", "tokens that bear loss"], rows)] if rows else []
+    return Section("Recipe", said, tables=tables, verbatim=run.recipe.to_yaml())
+
+
+def _made_of(run: Record) -> Section:
+    base = [["revision of the base", str(run.delta.base.revision)]] if run.delta and run.delta.base.revision else []
+    hashes = [[f"sha256 of {name}", value] for name, value in run.hashes.items()]
+    versions = [[str(name), str(value)] for name, value in run.environment.items()]
+    return Section(
+        "Versions and hashes", tables=[Table([], [*base, *hashes], text=True), Table([], versions, text=True)]
+    )
+
+
+def _curve(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the lines that have one; JSON has no NaN, so a value that was none is null."""
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
+
+
+def _better(key: str) -> str:
+    return "more is better" if key in tally.HIGHER else "less is better"
+
+
+def _difference(before: float | None, after: float | None) -> str:
+    return "" if before is None or after is None else number(after - before, sign="+")
