@@ -127,11 +127,13 @@ def _pareto(compared: Comparison) -> Section:
     lines = [line for line in compared.found["summary"] if None not in (line[key], line["forgetting"])]
     if not lines:
         return Section(title, missing=["not measured: give the recipe a general text (evaluate.forgetting)."])
-    points = {line["contender"]: (line[key], line["forgetting"]) for line in lines}
-    spread = {line["contender"]: (line[f"{key}_sd"] or 0.0, line["forgetting_sd"] or 0.0) for line in lines}
-    more = key in tally.HIGHER
-    unit = "" if more else ", nats a token"
-    drawn = figures.pareto("pareto", points, spread, compared.front, f"{_words(key)}{unit}", "more" if more else "less", "forgetting, nats a token")  # fmt: skip
+    points = {
+        line["contender"]: (line[key], line["forgetting"], line[f"{key}_sd"] or 0.0, line["forgetting_sd"] or 0.0)
+        for line in lines
+    }
+    unit = "" if key in tally.HIGHER else ", nats a token"
+    x, y = f"{_words(key)}{unit}", "forgetting, nats a token"
+    drawn = figures.pareto(points, compared.front, x, y, key in tally.HIGHER)
     said = "Right and down is better. Bars are standard deviations over seeds; filled, and joined by the dashed line: nobody is better in both."
     return Section(title, figures=[Figure(drawn, "Pareto front", said, "wide")])
 

@@ -38,8 +38,9 @@ INK = {
     ON_DEEP: "var(--on-deep)",
     **{color: f"var(--c{i})" for i, color in enumerate(SERIES, 1)},
 }
+MARKS = "osD^vP"
 DASHES = ("-", "--", ":", "-.")
-PANEL, WIDE, SMALL = (4.6, 2.7), (6.6, 3.9), (2.9, 2.0)  # inches, of 72 points
+PANEL, WIDE, SMALL = (4.6, 2.7), (5.4, 3.5), (2.9, 2.0)  # inches, of 72 points
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -155,7 +156,7 @@ def _named(axes: Axes, ends: Mapping[str, tuple[float, float]], height: float) -
     at = _apart([wanted[name] for name in order], high)
     for name, y in zip(order, at, strict=True):
         color = SERIES[list(ends).index(name) % len(SERIES)]
-        arrow = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 3}
+        arrow = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, "linestyle": ":", "shrinkA": 1, "shrinkB": 3}
         axes.annotate(name, ends[name], xytext=(1.04, y), textcoords="axes fraction", va="center", fontsize=8, color=FRONT, arrowprops=arrow, annotation_clip=False)  # fmt: skip
 
 
@@ -180,7 +181,8 @@ def heat(salt: str, rows: Sequence[str], columns: Sequence[str], cells: Mapping[
     from matplotlib.patches import Rectangle
 
     top = max(cells.values(), default=0.0) or 1.0
-    with _figure((1.1 + 0.52 * len(columns), 0.9 + 0.27 * len(rows)), salt) as (_, axes, out):
+    high = 0.27 if len(rows) <= 16 else 0.2
+    with _figure((0.9 + 0.42 * len(columns), 1.0 + high * len(rows)), salt) as (_, axes, out):
         for (row, column), share in cells.items():
             i, j = rows.index(row), columns.index(column)
             depth = 0.04 + 0.96 * share / top
@@ -189,9 +191,10 @@ def heat(salt: str, rows: Sequence[str], columns: Sequence[str], cells: Mapping[
             axes.text(j + 0.5, i + 0.54, _percent(share), ha="center", va="center", fontsize=7.5, color=color)
         axes.set_xlim(0, len(columns))
         axes.set_ylim(len(rows), 0)
-        axes.set_xticks([j + 0.5 for j in range(len(columns))], columns, rotation=40, ha="left", rotation_mode="anchor")
+        axes.set_xticks([j + 0.5 for j in range(len(columns))], columns, rotation=55, ha="left", rotation_mode="anchor")
         axes.xaxis.tick_top()
         axes.set_yticks([i + 0.5 for i in range(len(rows))], rows)
+        axes.set_ylabel("layer")
         axes.grid(visible=False)
         axes.spines[:].set_visible(False)
     return out[0]
@@ -210,22 +213,31 @@ def _percent(share: float) -> str:
 
 
 def pareto(
-    salt: str, points: Mapping[str, tuple[float, float]], spread: Mapping[str, tuple[float, float]], front: Sequence[str],
-    x: str, better: str, y: str,
-) -> str:  # fmt: skip
-    """Points with their spread, named, and the front that nobody beats; `better`: whether right is "more" or "less"."""
-    with _figure(WIDE, salt) as (_, axes, out):
-        ends = [points[name] for name in front]
-        axes.plot(*zip(*ends, strict=True), color=FRONT, linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
-        for i, (name, (a, b)) in enumerate(points.items()):
-            color, (da, db) = SERIES[i % len(SERIES)], spread[name]
-            axes.errorbar(a, b, xerr=da or None, yerr=db or None, color=color, elinewidth=0.9, marker="o", markersize=7 if name in front else 5, markerfacecolor=color if name in front else "none")  # fmt: skip
+    points: Mapping[str, tuple[float, float, float, float]], front: Sequence[str], x: str, y: str, more: bool
+) -> str:
+    """Points (x, y, and the spread of each), named, and the front that nobody beats; `more`: whether more of x is better."""
+    with _figure(WIDE, "pareto") as (_, axes, out):
+        axes.plot(
+            *zip(*(points[name][:2] for name in front), strict=True),
+            color=FRONT,
+            linewidth=0.9,
+            linestyle=(0, (4, 3)),
+            zorder=1,
+        )
+        for i, (name, (a, b, da, db)) in enumerate(points.items()):
+            color = SERIES[i % len(SERIES)]
+            mark: dict[str, Any] = {
+                "marker": MARKS[i % len(MARKS)],
+                "markersize": 7,
+                "markerfacecolor": color if name in front else "none",
+            }
+            axes.errorbar(a, b, xerr=da or None, yerr=db or None, color=color, elinewidth=0.9, **mark)
         axes.margins(0.08)
-        if better == "less":
+        if not more:
             axes.invert_xaxis()
         axes.set_xlabel(f"{x} → better")
         axes.set_ylabel(y)
-        _named(axes, points, WIDE[1])
+        _named(axes, {name: point[:2] for name, point in points.items()}, WIDE[1])
     return out[0]
 
 

@@ -8,30 +8,16 @@ escapes the names in them.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 LONGEST = 1_500  # characters of a text that are shown
-
-
-@dataclass(frozen=True)
-class Figure:
-    """An SVG of `figures.py`, its title, and what a reader must know of it."""
-
-    svg: str
-    title: str
-    said: str = ""
-    size: str = "panel"  # panel, small or wide
-
-    @property
-    def safe(self) -> Markup:
-        """The SVG as it is."""
-        return Markup(self.svg)  # of figures.py, where text is escaped
 
 
 @dataclass(frozen=True)
@@ -45,6 +31,22 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """An SVG of `figures.py`, its title, and what a reader must know of it."""
+
+    svg: str
+    title: str
+    said: str = ""
+    size: str = "panel"  # panel, small or wide
+    under: Table | None = None
+
+    @property
+    def safe(self) -> Markup:
+        """The SVG as it is."""
+        return Markup(self.svg)  # of figures.py, where text is escaped
+
+
+@dataclass(frozen=True)
 class Section:
     """A part of the page; `missing` says what is not there, and how to get it."""
 
@@ -55,6 +57,7 @@ class Section:
     missing: Sequence[str] = ()
     samples: Sequence[Mapping[str, Any]] = ()
     verbatim: str = ""
+    beside: bool = False  # tables beside the figures, not below them
 
     @property
     def anchor(self) -> str:
@@ -92,7 +95,7 @@ def _template() -> Template:
         loader=PackageLoader("finetooth", "pages"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["short"] = short
+    environment.filters |= {"short": short, "coded": coded}
     return environment.get_template("report.html")
 
 
@@ -103,6 +106,15 @@ def short(text: str) -> str:
     'a'
     """
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} … ({len(text):,} characters in all)"
+
+
+def coded(text: str) -> Markup:
+    """A text as HTML, what stands between backticks as code.
+
+    >>> coded("<a> is `b`")
+    Markup('&lt;a&gt; is <code>b</code>')
+    """
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 
 def number(value: float | None, digits: int = 3, sign: str = "") -> str:

@@ -46,7 +46,9 @@ class Tensors:
             meant, of = sums.get(cell, (0.0, 0))
             sums[cell] = (meant + self.meant.get(name, 0.0), of + size)
         shares = {cell: meant / max(of, 1) for cell, (meant, of) in sums.items()}
-        return [*dict.fromkeys(a for a, _ in shares)], [*dict.fromkeys(b for _, b in shares)], shares
+        short = _short([*dict.fromkeys(kind for _, kind in shares)])
+        rows = [*dict.fromkeys(row for row, _ in shares)]
+        return rows, [*short.values()], {(row, short[kind]): share for (row, kind), share in shares.items()}
 
     def blocks(self) -> Tensors:
         """Those in the blocks."""
@@ -69,6 +71,16 @@ def place(name: str) -> tuple[str, str]:
     kind = ".".join(part for part in stem(name)[len(block) :].strip(".").split(".") if not part.isdigit())
     tail = name[len(stem(name)) :]
     return block.rpartition(".")[2], kind + (tail if tail not in ("", ".weight") else "")
+
+
+def _short(kinds: list[str]) -> dict[str, str]:
+    """The last part of a name, where no other kind has it.
+
+    >>> _short(["attn.c_proj", "mlp.c_proj", "attn.c_attn"])
+    {'attn.c_proj': 'attn.c_proj', 'mlp.c_proj': 'mlp.c_proj', 'attn.c_attn': 'c_attn'}
+    """
+    tails = [kind.rpartition(".")[2] for kind in kinds]
+    return {kind: tail if tails.count(tail) == 1 else kind for kind, tail in zip(kinds, tails, strict=True)}
 
 
 @dataclass(frozen=True)

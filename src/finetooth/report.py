@@ -27,7 +27,7 @@ def page(run: Record) -> Page:
     base = Path(run.recipe.model.removeprefix(embedded.PREFIX)).name
     row = METHODS.get(name)
     last = run.steps[-1]["step"] if run.steps else 0
-    state = "" if results else f"This run has no end: what is here is what it left at step {last:,}."
+    state = "" if results is not None else f"This run has no end: what is here is what it left at step {last:,}."
     under = f"{run.folder.resolve().name} · {row.paper if row else name} · {last:,} optimizer steps"
     sections = [_quality(run), _learning(run), _gradients(run), _selection(run), _changed(run), _resources(run)]
     return Page(
@@ -41,7 +41,7 @@ def page(run: Record) -> Page:
 
 def _tiles(run: Record) -> list[Tile]:
     found = run.results
-    if not found:
+    if found is None:
         return []
     key = tally.quality([found["after"]])
     tiles = []
@@ -75,19 +75,14 @@ def _tiles(run: Record) -> list[Tile]:
 
 def _quality(run: Record) -> Section:
     title = "Quality and forgetting"
-    if not run.results:
+    if run.results is None:
         return Section(title, missing=[UNFINISHED])
     before, after, forgotten = (run.results[k] for k in ("before", "after", "forgetting"))
     rows = [
-        [
-            f"{_words(key)}, {_better(key)}",
-            number(before.get(key)),
-            number(after[key]),
-            _difference(before.get(key), after[key]),
-        ]
+        [_headed(key), number(before.get(key)), number(after[key]), _difference(before.get(key), after[key])]
         for key in after
     ]
-    said = ["Losses are mean token cross-entropies in nats."] if rows else []
+    said = ["Losses are mean token cross-entropies in nats. ↑ more is better, ↓ less."] if rows else []
     missing = [] if rows else ["not measured: the recipe has no data.eval with an evaluate.task."]
     if forgotten is None:
         missing.append("forgetting was not measured: give the recipe a general text (evaluate.forgetting).")
@@ -95,7 +90,7 @@ def _quality(run: Record) -> Section:
         said.append(
             "Forgetting is how much the loss on the general text, which the model was not tuned for, has grown."
         )
-        rows.append(["forgetting, less is better", "", "", number(forgotten, sign="+")])
+        rows.append(["forgetting ↓", "", "", number(forgotten, sign="+")])
     return Section(
         title, said, tables=[Table(["", "before", "after", "change"], rows)] if rows else [], missing=missing
     )
@@ -119,7 +114,7 @@ def _gradients(run: Record) -> Section:
     norms = [(x, y) for x, y in _curve(steps, "grad_norm") if y > 0]
     if norms:
         level = (limit, f"clipped above {limit:g}") if limit else None
-        drawn.append(Figure(figures.lines("norm", {"norm": norms}, "optimizer step", "2-norm", log=True, level=level), "Gradient norm", "Before clipping, of the gradients that the step uses: not of those of weights that are not chosen."))  # fmt: skip
+        drawn.append(Figure(figures.lines("norm", {"norm": norms}, "optimizer step", "2-norm", log=True, level=level), "Gradient norm", "Before clipping, of the gradients that the step uses."))  # fmt: skip
     clipped = _curve(steps, "clipped_steps")
     if not limit:
         missing.append("nothing was clipped: the recipe has optimizer.max_grad_norm: 0.")
@@ -147,7 +142,7 @@ def _selection(run: Record) -> Section:
     said = [
         f"{chosen.share:.2%} of the weights that take part were chosen. What takes no part is frozen and not counted here."
     ]
-    drawn, tables = _maps("chosen", "Chosen, % of the entries", often, chosen)
+    drawn = _map("chosen", "Chosen, % of the entries", often, chosen)
     if moved:
         kept = {"kept": [(float(first), 1.0), *_curve(moved, "kept")], "left": _curve(moved, "left")}
         chance = run.chance()
@@ -157,25 +152,25 @@ def _selection(run: Record) -> Section:
         said.append("There was one look only: nothing can be said of how it moved.")
     else:
         said.append("It was made once, and did not move.")
-    return Section("Selection", said, drawn, tables)
+    return Section("Selection", said, drawn)
 
 
-def _maps(salt: str, title: str, said: str, tensors: Tensors) -> tuple[list[Figure], list[Table]]:
-    """A heat map of the blocks, and a table of what lies outside them."""
-    inside, outside = tensors.blocks(), tensors.outside()
-    drawn = []
-    if inside.of:
-        rows, columns, shares = inside.cells()
-        drawn.append(Figure(figures.heat(salt, rows, columns, shares), title, f"Layer by kind of matrix. {said}"))
-    rest = [[name, f"{share:.2%}", f"{of:,}"] for name, share, of in outside]
-    return drawn, [Table(["outside the blocks", title.split(",")[0].lower(), "entries"], rest)] if rest else []
+def _map(salt: str, title: str, said: str, tensors: Tensors) -> list[Figure]:
+    """A heat map of the blocks, and below it what lies outside them."""
+    inside = tensors.blocks()
+    if not inside.of:
+        return []
+    rows, columns, shares = inside.cells()
+    rest = [[name, f"{share:.2%}", f"{of:,}"] for name, share, of in tensors.outside()]
+    under = Table(["outside the blocks", "share", "entries"], rest) if rest else None
+    return [Figure(figures.heat(salt, rows, columns, shares), title, f"Layer by kind of matrix. {said}", under=under)]
 
 
 def _changed(run: Record) -> Section:
     title, changed, delta = "Weights changed", run.changed(), run.delta
     if changed is None or delta is None:
         return Section(
-            title, missing=[UNFINISHED if not run.results else "there is no delta.safetensors in the folder."]
+            title, missing=[UNFINISHED if run.results is None else "there is no delta.safetensors in the folder."]
         )
     info = delta.info()
     kinds = sorted({str(change.kind[1]).removeprefix("torch.") for change in delta.changes.values()})
@@ -191,10 +186,9 @@ def _changed(run: Record) -> Section:
             "not tried" if reverted is None else "the base, bit for bit" if reverted else "NOT the base",
         ],
     ]
-    drawn, tables = _maps(
-        "changed", "Changed, % of the entries", "Of the delta: what differs from the base in the end.", changed
-    )
-    return Section(title, figures=drawn, tables=[Table([], facts, text=True), *tables])
+    said = "Of the delta: what differs from the base in the end."
+    drawn = _map("changed", "Changed, % of the entries", said, changed)
+    return Section(title, figures=drawn, tables=[Table([], facts, text=True)], beside=True)
 
 
 def _resources(run: Record) -> Section:
@@ -212,10 +206,12 @@ def _resources(run: Record) -> Section:
         (a, s), (b, t) = [(line["step"], line["seconds"]) for line in (lines[0], lines[-1])]
         facts.append(["a step", f"{(t - s) / max(b - a, 1):.3g} s, the mean after step {a:,}"])
         facts.append(["training", clock(t)])
-    if run.results:
+    if run.results is not None:
         facts.append(["the optimizer's state", size(run.results["state_bytes"])])
         facts += [[f"peak of the {'GPU' if k == 'gpu' else 'process'}", f"{size(n)}, evaluation included"] for k, n in (run.results.get("peak_bytes") or {}).items()]  # fmt: skip
-    return Section(title, figures=drawn, tables=[Table([], facts, text=True)] if facts else [], missing=missing)
+    return Section(
+        title, figures=drawn, tables=[Table([], facts, text=True)] if facts else [], missing=missing, beside=True
+    )
 
 
 def _samples(run: Record) -> Section:
@@ -225,7 +221,7 @@ def _samples(run: Record) -> Section:
     one = (run.results or {}).get("sample")
     if one:
         return Section(title, ["One row; this run noted no more."], samples=[{**one, "right": False}])
-    why = UNFINISHED if not run.results else "not recorded: the recipe has no data.eval with prompts to answer."
+    why = UNFINISHED if run.results is None else "not recorded: the recipe has no data.eval with prompts to answer."
     return Section(title, missing=[why])
 
 
@@ -252,11 +248,18 @@ def _made_of(run: Record) -> Section:
 
 def _curve(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """(step, value) of the lines that have one; JSON has no NaN, so a value that was none is null."""
-    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    found = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+    if odd := [value for _, value in found if not isinstance(value, int | float)]:
+        raise TypeError(f"{key} is {odd[0]!r}")
+    return found
 
 
 def _words(key: str) -> str:
     return key.replace("_", " ")
+
+
+def _headed(key: str) -> str:
+    return f"{_words(key)} {'↑' if key in tally.HIGHER else '↓'}"
 
 
 def _better(key: str) -> str:
