@@ -81,7 +81,7 @@ def _tiles(compared: Comparison) -> list[Tile]:
     if least := [line for line in lines if line["forgetting"] is not None]:
         mildest = min(least, key=lambda line: line["forgetting"])
         tiles.append(Tile("least forgetting", mildest["contender"], f"{_mean(mildest, 'forgetting')} nats a token"))
-    if sized := [line for line in lines if line["delta_bytes"] is not None]:
+    if sized := [line for line in lines if line.get("delta_bytes") is not None]:
         smallest = min(sized, key=lambda line: line["delta_bytes"])
         tiles.append(Tile("smallest on disk", smallest["contender"], size(smallest["delta_bytes"])))
     return tiles
@@ -90,7 +90,7 @@ def _tiles(compared: Comparison) -> list[Tile]:
 def _table(compared: Comparison) -> Section:
     lines, key = compared.found["summary"], compared.key
     heads = [f"{_words(key)} {'↑' if key in tally.HIGHER else '↓'}", "difference", "forgetting ↓", "difference"]
-    head = ["", "runs", "lr", *heads, "changed", "on disk", "state", "time", "peak memory"]
+    head = ["", "runs", "lr", *heads, "changed", "training", "on disk", "state", "peak memory"]
     rows = [
         [_name(compared, line), f"{line['runs']}", f"{line['lr']:g}", *_measures(line, key), *_costs(line)]
         for line in lines
@@ -113,13 +113,10 @@ def _measures(line: Row, key: str) -> list[str]:
 
 
 def _costs(line: Row) -> list[str]:
-    share = line["share"]
-    return [
-        "–" if share is None else f"{share:.2%}",
-        *(size(line[k]) for k in ("delta_bytes", "state_bytes")),
-        clock(line["seconds"]),
-        size(line["peak_bytes"]),
-    ]
+    """What a protocol of one's own does not say is a dash."""
+    share = line.get("share")
+    sizes = (line.get(k) for k in ("delta_bytes", "state_bytes", "train_peak_bytes"))
+    return ["–" if share is None else f"{share:.2%}", clock(line.get("train_seconds")), *map(size, sizes)]
 
 
 def _pareto(compared: Comparison) -> Section:

@@ -91,7 +91,7 @@ def contenders(methods: Sequence[str], keeps: Sequence[float | int], common: Met
     for text in methods:
         one = contender(text, common)
         row = METHODS.get(one.method.name)
-        if not keeps or "keep=" in text or row is None or row.rule is None:
+        if not keeps or "keep=" in text or row is None or row.rule is None or callable(row.rule.keep):
             found.append(one)
         else:
             found += [contender(f"{text}:keep={keep:g}", common) for keep in keeps]

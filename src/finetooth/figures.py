@@ -155,7 +155,6 @@ def _named(axes: Axes, ends: Mapping[str, tuple[float, float]], height: float) -
     order = sorted(wanted, key=lambda name: wanted[name])
     at = _apart([wanted[name] for name in order], high)
     for name, y in zip(order, at, strict=True):
-        color = SERIES[list(ends).index(name) % len(SERIES)]
         arrow = {"arrowstyle": "-", "color": SOFT, "linewidth": 0.7, "linestyle": ":", "shrinkA": 1, "shrinkB": 3}
         axes.annotate(name, ends[name], xytext=(1.04, y), textcoords="axes fraction", va="center", fontsize=8, color=FRONT, arrowprops=arrow, annotation_clip=False)  # fmt: skip
 

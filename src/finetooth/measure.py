@@ -17,10 +17,11 @@ from finetooth.optim import SelectiveAdamW
 from finetooth.rest import quantized_rest
 
 SAMPLES, SHOWN = 64, 8  # evaluation rows that are answered whatever the task is, and those of them that are kept
+Measured = tuple[dict[str, float], list[str]]  # numbers, and what was generated
 GENERATED = ("exact_match", "bleu", "rouge")  # tasks that need a generation for every row
 
 
-def measure(job: Job, samples: int = SAMPLES) -> tuple[dict[str, float], list[str]]:
+def measure(job: Job, samples: int = SAMPLES) -> Measured:
     """What the recipe asks for, on the model as it is, and a few generations, or as many as the task needs."""
     how, out, said = job.recipe.evaluate, dict[str, float](), list[str]()
     if job.eval is not None and how.task != "none":

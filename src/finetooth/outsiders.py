@@ -1,6 +1,6 @@
 """PEFT's LoRA and SHiRA under a recipe, for comparisons: the same data, steps, schedule and evaluation, AdamW of torch.
 
-    python -m finetooth.outsiders RECIPE.yaml        # method: {name: lora, r: 16} or {name: shira, share: 0.01}
+    method: {name: lora, r: 16} or {name: shira, share: 0.01}
 
 What is written is what `finetooth train` writes as `results.json`, so that the two can stand side by side. `delta_bytes` is the
 size of PEFT's adapter file.
@@ -10,8 +10,8 @@ Not covered: resuming; a run that was interrupted begins anew.
 
 from __future__ import annotations
 
+import math
 import shutil
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -23,10 +23,9 @@ from torch import nn
 from finetooth import run
 from finetooth.anatomy import matching, survey, tied
 from finetooth.jobs import Job, check_context, check_evaluation, load
-from finetooth.measure import forgetting, measure, notes
+from finetooth.measure import Measured, forgetting, measure, notes
 from finetooth.recipe import MethodPart, Recipe, RecipeError
-from finetooth.recipe import load as read
-from finetooth.train import arguments, dataset, peak_bytes
+from finetooth.train import arguments, dataset, fitted, peak_bytes
 from finetooth.trainer import Trainer
 
 NAMES = ("lora", "shira")
@@ -56,72 +55,81 @@ def wrapped(model: nn.Module, part: MethodPart, seed: int) -> Any:
         ) from error
     layers = [name.removesuffix(".weight") for name in matching("linear", survey(model), tied(model))]
     options = _OPTIONS[part.name] | (part.model_extra or {})
-    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if part.name == "lora":
             alpha = options["alpha"] or 2 * options["r"]  # of everybody's recipes
-            return get_peft_model(model, LoraConfig(r=options["r"], lora_alpha=alpha, target_modules=layers))
+            tuned = get_peft_model(model, LoraConfig(r=options["r"], lora_alpha=alpha, target_modules=layers))
+            return _drawn(tuned, seed)
         shapes = [model.get_parameter(f"{name}.weight").shape for name in layers]
         rank = max(1, round(options["share"] * sum(o * i for o, i in shapes) / sum(o + i for o, i in shapes)))
         config = ShiraConfig(r=rank, mask_type="random", random_seed=seed, target_modules=layers)
         return get_peft_model(model, config)
 
 
-def train(recipe: Recipe) -> dict[str, Any]:
-    """Run a recipe whose method is `lora` or `shira`; the results, as they are also written."""
+def _drawn(tuned: Any, seed: int) -> Any:
+    """LoRA's A from PEFT's distribution, but by a generator of its own; B is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in tuned.named_parameters():
+        if "lora_A" in name:
+            p.data.copy_(nn.init.kaiming_uniform_(torch.empty(p.shape), a=math.sqrt(5), generator=generator))
+    return tuned
+
+
+def adamw(tuned: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """torch's, over what trains, with the settings of the recipe."""
+    rate, trained = recipe.optimizer, [p for p in tuned.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, rate.lr, rate.betas, rate.eps, rate.weight_decay)
+
+
+def train(recipe: Recipe, before: Measured | None = None) -> dict[str, Any]:
+    """Run a recipe whose method is `lora` or `shira`, in an empty folder; the results, as they are also written.
+
+    `before` is what `measure` said of the base, where it is known.
+    """
     started = time.monotonic()
     check(recipe.method)
     check_evaluation(recipe)
     check_context(recipe)
+    shutil.rmtree(recipe.output, ignore_errors=True)
     folder = run.start(recipe)
     job = load(recipe, folder)
-    before, _ = measure(job)
-    tuned = wrapped(job.model, recipe.method, recipe.train.seed)
-    rate, trained = recipe.optimizer, [p for p in tuned.parameters() if p.requires_grad]
-    opt = torch.optim.AdamW(trained, rate.lr, rate.betas, rate.eps, rate.weight_decay)
-    args = arguments(job, clip=rate.max_grad_norm or 0.0, save=False)
-    Trainer(
-        model=tuned, args=args, train_dataset=dataset(job), processing_class=job.tokenizer, optimizers=(opt, None)
-    ).train()
+    base, _ = before or measure(job)
+    job.model = tuned = wrapped(job.model, recipe.method, recipe.train.seed)
+    args = arguments(job, clip=recipe.optimizer.max_grad_norm or 0.0, save=False)
+    opt = adamw(tuned, recipe)
+    costs = fitted(
+        Trainer(
+            model=tuned, args=args, train_dataset=dataset(job), processing_class=job.tokenizer, optimizers=(opt, None)
+        )
+    )
     tuned.save_pretrained(folder / "adapter")
-    job.model = tuned
     after, _ = measure(job)
-    return _written(job, trained, before, after, started)
-
-
-def _written(
-    job: Job, trained: list[nn.Parameter], before: dict[str, float], after: dict[str, float], started: float
-) -> dict[str, Any]:
-    recipe, folder, n = job.recipe, job.folder, sum(p.numel() for p in trained)
-    weights = sum(p.numel() for p in job.model.parameters()) - n
+    facts = {"before": base, "after": after, "forgetting": forgetting(base, after), "data": notes(job), **costs}
     results = {
         "method": recipe.method.name,
         "base": Path(recipe.model).name if Path(recipe.model).is_dir() else recipe.model,
-        "before": before,
-        "after": after,
-        "forgetting": forgetting(before, after),
-        "changed": n,
-        "weights": weights,
-        "share": n / weights,
-        "delta_bytes": (folder / "adapter" / _ADAPTER).stat().st_size,
-        "data": notes(job),
-        "state_bytes": 8 * n,
+        **facts,
+        **size(tuned, folder),
         "peak_bytes": peak_bytes(),
         "seconds": round(time.monotonic() - started, 1),
         "run": folder.name,
     }
+    if recipe.merged:
+        merge(job, tuned)
     run.write_json(folder / "results.json", results)
     return results
 
 
-def main() -> int:
-    """One recipe; a folder that an interrupted run left is emptied first."""
-    recipe = read(sys.argv[1])
-    shutil.rmtree(recipe.output, ignore_errors=True)
-    train(recipe)
-    return 0
+def size(tuned: nn.Module, folder: Path) -> dict[str, Any]:
+    """How much trains, and what it takes on disk and in the optimizer."""
+    n = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    weights = sum(p.numel() for p in tuned.parameters()) - n
+    stored = (folder / "adapter" / _ADAPTER).stat().st_size
+    return {"changed": n, "weights": weights, "share": n / weights, "delta_bytes": stored, "state_bytes": 8 * n}
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def merge(job: Job, tuned: Any) -> None:
+    """Write the whole tuned model, as `merged: true` asks for."""
+    tuned.merge_and_unload().save_pretrained(job.folder / "merged")
+    job.tokenizer.save_pretrained(job.folder / "merged")

@@ -64,7 +64,7 @@ def _tiles(run: Record) -> list[Tile]:
         ),
         Tile("time", clock(found["seconds"]), "loading and both evaluations included"),
     ]
-    peak = found.get("peak_bytes") or {}
+    peak = found.get("train_peak_bytes") or found.get("peak_bytes") or {}
     held = peak.get("gpu", peak.get("host"))
     return (
         [*tiles, Tile("peak memory", size(held), "of the GPU" if "gpu" in peak else "of the process")]
@@ -208,7 +208,9 @@ def _resources(run: Record) -> Section:
         facts.append(["training", clock(t)])
     if run.results is not None:
         facts.append(["the optimizer's state", size(run.results["state_bytes"])])
-        facts += [[f"peak of the {'GPU' if k == 'gpu' else 'process'}", f"{size(n)}, evaluation included"] for k, n in (run.results.get("peak_bytes") or {}).items()]  # fmt: skip
+        for key, when in (("train_peak_bytes", "until training ended"), ("peak_bytes", "until evaluation ended")):
+            peaks = (run.results.get(key) or {}).items()
+            facts += [[f"peak of the {'GPU' if k == 'gpu' else 'process'}", f"{size(n)} {when}"] for k, n in peaks]
     return Section(
         title, figures=drawn, tables=[Table([], facts, text=True)] if facts else [], missing=missing, beside=True
     )

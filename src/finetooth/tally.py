@@ -15,7 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 HIGHER = ("exact_match", "choice_accuracy", "choice_accuracy_per_character", "bleu", "rouge1", "rouge2", "rougeL")
-COSTS = ("share", "delta_bytes", "state_bytes", "seconds", "peak_bytes")
+COSTS = ("share", "delta_bytes", "state_bytes", "seconds", "train_peak_bytes", "peak_bytes")
+# Of a row, what is no measurement after training.
+_OTHER = {"contender", "method", "keep", "lr", "seed", "stage", "run", "error", "changed", "general_loss", *COSTS}
 Row = Mapping[str, Any]
 
 
@@ -27,13 +29,12 @@ def flat(results: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not results:
         return {}
-    peak = results.get("peak_bytes") or {}
+    costs = {k: results[k] for k in ("changed", *COSTS, "train_seconds") if k in results}
     return {
         **{f"{k}_before": v for k, v in results["before"].items()},
         **results["after"],
         "forgetting": results["forgetting"],
-        **{k: results[k] for k in ("changed", *COSTS[:-1]) if k in results},
-        **({"peak_bytes": peak.get("gpu", peak.get("host"))} if peak else {}),
+        **{k: v.get("gpu", v.get("host")) if isinstance(v, Mapping) else v for k, v in costs.items()},
     }
 
 
@@ -57,11 +58,28 @@ def best(rows: Iterable[Row]) -> dict[str, float]:
     return {label: row["lr"] for label, row in found.items()}
 
 
-def summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """One line for every contender: means and standard deviations, differences from the first contender, costs."""
+def further(rows: Sequence[Row]) -> dict[str, float]:
+    """For every contender whose best rate is the least or the greatest that it was tried at, the next one outwards.
+
+    >>> rows = [{"contender": "a", "lr": lr, "task_loss": loss} for lr, loss in ((1e-3, 3.0), (3e-3, 2.0))]
+    >>> further(rows)
+    {'a': 0.009}
+    """
+    found = {}
+    for label, lr in best(rows).items():
+        tried = sorted({row["lr"] for row in rows if row["contender"] == label})
+        if len(tried) > 1 and lr in (tried[0], tried[-1]):
+            beside = tried[1] if lr == tried[0] else tried[-2]
+            found[label] = float(f"{lr * lr / beside:.2g}")
+    return found
+
+
+def summary(rows: Sequence[Row], against: str | None = None) -> list[dict[str, Any]]:
+    """One line for every contender: means and standard deviations, differences from one contender, the first by default, costs."""
     labels = list(dict.fromkeys(row["contender"] for row in rows))
-    numbers = ["task_loss", *[k for k in HIGHER if any(k in r for r in rows)], "forgetting"]
-    return [_line(label, labels[0], rows, numbers) for label in labels]
+    known = dict.fromkeys(k for row in rows for k in row if k not in _OTHER and not k.endswith("_before"))
+    numbers = dict.fromkeys(("task_loss", *known, "forgetting", "train_seconds"))
+    return [_line(label, against or labels[0], rows, tuple(numbers)) for label in labels]
 
 
 def _line(label: str, against: str, rows: Sequence[Row], numbers: Sequence[str]) -> dict[str, Any]:
@@ -113,14 +131,14 @@ def front(lines: Iterable[Row], key: str) -> list[str]:
     return [label for _, _, label in sorted(kept, key=lambda p: p[:2])]
 
 
-def remarks(rows: Sequence[Row], rates: Sequence[float]) -> list[str]:
+def remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table must know."""
     said = []
     failed = [r for r in rows if r["error"]]
     if failed:
         said.append(f"{len(failed)} of {len(rows)} runs failed; the first, {failed[0]['run']}: {failed[0]['error']}")
-    ends = {min(rates), max(rates)} if len(rates) > 1 else set()
-    edge = [f"{label} ({lr:g})" for label, lr in best(r for r in rows if r["stage"] == "sweep").items() if lr in ends]
+    swept = [r for r in rows if r["stage"] == "sweep"]
+    edge = [f"{label} ({lr:g})" for label, lr in best(swept).items() if label in further(swept)]
     if edge:
         said.append(
             f"the best learning rate is at an end of the sweep, so a better one may lie outside it: {', '.join(edge)}."

@@ -28,7 +28,18 @@ from finetooth.guard import NonFiniteError
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.history import History
 from finetooth.jobs import Job, check, load, optimizer
-from finetooth.measure import forgetting, measure, notes, quantized, remarks, reverts, sample, samples, summary
+from finetooth.measure import (
+    Measured,
+    forgetting,
+    measure,
+    notes,
+    quantized,
+    remarks,
+    reverts,
+    sample,
+    samples,
+    summary,
+)
 from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import Recipe
@@ -40,11 +51,12 @@ def train(
     resume: bool = False,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    before: Measured | None = None,
 ) -> dict[str, Any]:
     """Run a recipe; the results, as they are also written to `results.json`.
 
     There `run` is the folder's name, here its path. `say` is told, before training starts, what a person should know
-    about the data, and about checkpoints that cannot be used.
+    about the data, and about checkpoints that cannot be used. `before` is what `measure` said of the base, where it is known.
 
     Raises NotWritten if the disk is full, and NonFiniteError after `train.stop_after_nonfinite` bad steps in a row: the last
     complete checkpoint is unharmed, and named.
@@ -59,15 +71,17 @@ def train(
             say(remark)
     with run.kept(folder):
         run.start(recipe)
-        return _run(job, checkpoint, progress, started)
+        return _run(job, checkpoint, progress, started, before or measure(job))
 
 
-def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: float) -> dict[str, Any]:
+def _run(
+    job: Job, checkpoint: Path | None, progress: Progress | None, started: float, base: Measured
+) -> dict[str, Any]:
     recipe, folder = job.recipe, job.folder
-    before, said_before = measure(job)
+    before, said_before = base
     opt = optimizer(job)
     trainer = make_trainer(job, opt, progress)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    costs = fitted(trainer, checkpoint)
     reporting.finish(trainer)
     if not opt.steps:
         raise NonFiniteError(
@@ -91,6 +105,7 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
         "data": notes(job),
         "skipped_steps": opt.skipped,
         "state_bytes": opt.state_bytes(),
+        **costs,
         "peak_bytes": peak_bytes(),
         "seconds": round(time.monotonic() - started, 1),
         "run": folder.name,
@@ -122,6 +137,16 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         trainer.remove_callback(callback)
     reporting.arrange(trainer, job.folder)
     return trainer
+
+
+def fitted(trainer: Trainer, checkpoint: Path | None = None) -> dict[str, Any]:
+    """Train. How many seconds that took, which nobody knows of a run that was resumed, and the most memory held by its end."""
+    began = time.monotonic()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    seconds = round(time.monotonic() - began, 2) if checkpoint is None else None
+    return {"train_seconds": seconds, "train_peak_bytes": peak_bytes()}
 
 
 def dataset(job: Job) -> Dataset:

@@ -31,7 +31,9 @@ class Trainer(SFTTrainer):
 
     _aside: str | None = None  # where a checkpoint is being written
     _due = False  # a checkpoint that was not saved yet
-    selective: SelectiveAdamW  # the optimizer, which accelerate wraps
+    selective: SelectiveAdamW | None = (
+        None  # the optimizer, which accelerate wraps; none where torch's trains (`outsiders.py`)
+    )
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; where it is not finite, neither are its gradients."""
@@ -55,7 +57,7 @@ class Trainer(SFTTrainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self._due = self._due or self.control.should_save
-        self.control.should_save = self._due and not self.selective.bad_steps
+        self.control.should_save = self._due and not (self.selective and self.selective.bad_steps)
         self._due = self._due and not self.control.should_save
         self.control.should_log = self.control.should_log or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)

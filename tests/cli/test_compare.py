@@ -5,6 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +38,17 @@ def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
     first = call(path, *words, "--json")
     assert first.exit_code == 0, first.output
     found = json.loads(first.stdout)
-    assert [r["error"] for r in found["runs"]] == [""] * 6 and len({r["run"] for r in found["runs"]}) == 4
+    assert [r["error"] for r in found["runs"]] == [""] * 6, first.stderr
+    assert len(list((tmp_path / "c" / "base").glob("*.json"))) == 1 and len({r["run"] for r in found["runs"]}) == 4
     for line in found["summary"]:
         swept = {r["lr"]: r["task_loss"] for r in found["runs"] if r["contender"] == line["contender"]}
         assert line["task_loss"] == min(swept.values()) == swept[line["lr"]]
-        assert line["delta_bytes"] > 0 and line["peak_bytes"] > 0 and line["forgetting"] is not None
+        assert (
+            line["delta_bytes"] > 0
+            and line["train_peak_bytes"] > 0
+            and line["train_seconds"] > 0
+            and line["forgetting"] is not None
+        )
     with (tmp_path / "c" / "runs.csv").open() as file:
         assert [row["run"] for row in csv.DictReader(file)] == [r["run"] for r in found["runs"]]
     assert b"random:keep=0.1" in (tmp_path / "c" / "pareto.svg").read_bytes()
@@ -54,6 +64,72 @@ def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
     assert other.exit_code == 2 and "was run with another recipe" in other.stderr
 
 
+@pytest.mark.slow
+def test_killed_and_gone_on_with(tmp_path: Path) -> None:
+    """`kill -9` of the comparison alone, in its second run: that run ends too, and the same command does it and nothing else."""
+    general = tmp_path / "general.txt"
+    general.write_text("Once upon a time there was a cat.\n")
+    train = {"max_steps": 40, "checkpoint_every": 2, "batch_size": 2, "accumulate": 1, "max_length": 64}
+    path = recipe(tmp_path, train=train, evaluate={"task": "loss", "forgetting": str(general)})
+    out = tmp_path / "c"
+    words = [str(path), "--methods", "random,magnitude", "--seeds", "1", "--threads", "1", "--out", str(out)]
+    log, (first, second) = tmp_path / "log", (out / "runs" / f"{n}-lr-0.0001-seed-0" for n in ("random", "magnitude"))
+    command = [sys.executable, "-m", "finetooth", "compare", *words]
+    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        while process.poll() is None and not any(second.glob("checkpoints/checkpoint-*/trainer_state.json")):
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL, log.read_text()
+    time.sleep(1)  # for the pipe to close and the run to end; it writes a line every ten steps otherwise
+    assert (first / "results.json").is_file() and not (second / "results.json").exists(), log.read_text()
+    size = {p: p.stat().st_size for p in second.rglob("*")}
+    time.sleep(2)
+    assert size == {p: p.stat().st_size for p in second.rglob("*")}, "the run goes on without its comparison"
+    ended = (first / "results.json").stat().st_mtime_ns
+    again = call(path, *words[1:], "--json")
+    assert again.exit_code == 0 and again.stderr.count(": runs") == 1 and "base" not in again.stderr, again.stderr
+    assert "going on from checkpoint-" in (out / "logs" / f"{second.name}.txt").read_text()
+    found = json.loads(again.stdout)["runs"]
+    assert [r["error"] for r in found] == ["", ""] and (first / "results.json").stat().st_mtime_ns == ended
+    assert (
+        found[0]["train_seconds"] > 0 and found[1]["train_seconds"] is None
+    )  # nobody knows how long a resumed run took
+    assert not (second / "checkpoints").exists()
+
+
+RUNNER = """
+import json, pathlib
+def base(recipe):
+    return {"task_loss": 9.0}, []
+def train(recipe, before):
+    folder = pathlib.Path(recipe.output)
+    folder.mkdir(parents=True)
+    loss = abs(recipe.optimizer.lr - 0.1) + recipe.train.seed
+    results = {"before": before[0], "after": {"task_loss": loss, "left": 1 - loss}, "forgetting": None}
+    (folder / "results.json").write_text(json.dumps(results))
+"""
+
+
+def test_a_protocol_of_its_own_and_rates_followed_outwards(tmp_path: Path) -> None:
+    file = tmp_path / "runner.py"
+    file.write_text(RUNNER)
+    words = ["--methods", "full", "--lr", "0.01,0.03", "--seeds", "2", "--jobs", "2"]
+    result = call(
+        recipe(tmp_path), *words, "--widen", "2", "--runner", str(file), "--out", str(tmp_path / "c"), "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert [r["lr"] for r in found["runs"]] == [0.01, 0.03, 0.09, 0.27, 0.09, 0.09]
+    assert [r["stage"] for r in found["runs"]] == ["sweep"] * 4 + ["final"] * 2
+    (line,) = found["summary"]
+    assert (
+        line["left"] == pytest.approx(0.49)
+        and line["left_sd"] > 0
+        and {r["task_loss_before"] for r in found["runs"]} == {9}
+    )
+    assert not (tmp_path / "c" / "pareto.svg").exists()  # nothing was measured that could be forgotten
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -67,6 +143,8 @@ def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
         (["--lr", "0"], "learning rates are above 0"),
         (["--lr", "1e-3,1e-3"], "a number is there twice"),
         (["--select", "nowhere.jsonl"], "--select: there is no file"),
+        (["--runner", "nowhere.py"], "--runner: there is no file"),
+        (["--lr", "1e-3", "--widen", "1"], "give two learning rates or more"),
         (["evaluate.task=none"], "there is nothing to compare by"),
     ],
 )
@@ -94,9 +172,9 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
 
 
 def test_budgets_are_for_methods_that_have_one() -> None:
-    found = contenders(["full", "gmt", "random:keep=0.3", "lora"], [0.1, 5], MethodPart())
-    assert [c.label for c in found] == ["full", "gmt:keep=0.1", "gmt:keep=5", "random:keep=0.3", "lora"]
-    assert [c.method.keep for c in found] == [None, 0.1, 5, 0.3, None]
+    found = contenders(["full", "hft", "gmt", "random:keep=0.3", "lora"], [0.1, 5], MethodPart())
+    assert [c.label for c in found] == ["full", "hft", "gmt:keep=0.1", "gmt:keep=5", "random:keep=0.3", "lora"]
+    assert [c.method.keep for c in found] == [None, None, 0.1, 5, 0.3, None]
 
 
 def test_options_of_the_recipe_stand_for_its_own_method() -> None:
@@ -147,5 +225,5 @@ def test_a_diverged_rate_is_not_the_best() -> None:
 
 def test_what_a_reader_must_know() -> None:
     rows = [{**row("a", 0, loss, 1.0), "lr": lr, "stage": "sweep"} for lr, loss in ((0.1, 1.0), (0.01, 2.0))]
-    said = tally.remarks(rows, [0.1, 0.01])
+    said = tally.remarks(rows)
     assert "at an end of the sweep" in said[0] and "a (0.1)" in said[0] and "fewer than three seeds" in said[1]

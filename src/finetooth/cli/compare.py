@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetooth.cli import show
+from finetooth.cli import board, show
 from finetooth.cli.train import Json, Overrides, RecipeFile
 
 
@@ -22,6 +22,13 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="How many, from the recipe's on.")] = 3,
     select: Annotated[
         Path | None, typer.Option(help="Rows by which the sweep is judged, other than those that are reported.")
+    ] = None,
+    widen: Annotated[
+        int, typer.Option(min=0, help="How many steps a best rate at an end of --lr is followed outwards.")
+    ] = 0,
+    runner: Annotated[
+        Path | None,
+        typer.Option(help="A Python file with a protocol of its own: base(recipe) and train(recipe, before)."),
     ] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where all of it lies; call it again to go on.")] = Path(
         "runs/compare"
@@ -43,8 +50,9 @@ def compare(
         from finetooth.compare import planned
 
         wanted = {"methods": methods, "lr": lr, "keep": keep}
-        plan = planned(common, wanted, seeds=seeds, select=select, out=out, jobs=jobs, threads=threads)
-        with show.bar("comparing") as progress:
+        how = {"widen": widen, "jobs": jobs, "threads": threads}
+        plan = planned(common, wanted, seeds=seeds, select=select, runner=runner, out=out, **how)
+        with board.board() as progress:
             found = run(plan, progress)
         show.comparison(found, as_json)
     if any(row["error"] for row in found["runs"]):

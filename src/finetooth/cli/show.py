@@ -119,7 +119,7 @@ def comparison(found: dict[str, Any], as_json: bool) -> None:
         title_justify="left",
     )
     heads = [key.replace("_", " ") + (" ↑" if key in HIGHER else " ↓"), "difference", "forgetting ↓", "difference"]
-    for head in ("", "runs", "lr", *heads, "changed", "delta", "s", "peak MB"):
+    for head in ("", "runs", "lr", *heads, "changed", "delta bytes", "training s", "peak MB"):
         table.add_column(head, justify="right" if head else "left")
     for line in lines:
         name = f"{line['contender']}{' *' if line['contender'] in best else ''}"
@@ -145,7 +145,7 @@ def _pm(line: dict[str, Any], key: str, spread: str, sign: str = "") -> str:
 
 def _costs(line: dict[str, Any]) -> list[str]:
     """Share changed, bytes of the delta, seconds, peak memory; blank where no run ended."""
-    share, size, seconds, peak = (line[k] for k in ("share", "delta_bytes", "seconds", "peak_bytes"))
+    share, size, seconds, peak = (line[k] for k in ("share", "delta_bytes", "train_seconds", "train_peak_bytes"))
     return [
         "" if share is None else f"{share:.1%}",
         "" if size is None else f"{size:,.0f}",
