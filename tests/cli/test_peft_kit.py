@@ -1,0 +1,88 @@
+"""Our side of PEFT's MetaMathQA script: what it is given instead of three of its functions does what the script expects of those."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import finetooth
+from finetooth import embedded
+
+KIT = Path(__file__).resolve().parents[2] / "benchmarks" / "peft_method_comparison" / "run.py"
+MODEL = str(embedded.path("stories260K"))
+
+
+@pytest.fixture(scope="module")
+def kit() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("peft_kit", KIT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Script(ModuleType):
+    """The names of PEFT's script that are replaced, and its order of calls: optimizer, steps without clipping, size."""
+
+    def __init__(self) -> None:
+        super().__init__("run")
+        self.get_tokenizer = self.get_optimizer_and_scheduler = self.get_file_size = None
+        self.train = self._train
+
+    def _train(self, *, model: Any, optimizer_kwargs: dict[str, Any], query_template: str) -> SimpleNamespace:
+        make: Any = self.get_optimizer_and_scheduler
+        optimizer, schedule = make(
+            model, optimizer_type="AdamW", max_steps=4, lr_scheduler_arg="cosine", **optimizer_kwargs
+        )
+        rates = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            ids = torch.arange(20).view(2, 10)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            schedule.step()
+            rates.append(schedule.get_last_lr()[0])
+        return SimpleNamespace(num_trainable_params=0, rates=rates)
+
+
+@pytest.mark.parametrize(("row", "options"), [("magnitude", {"keep": 0.01}), ("gmt", {"keep": 0.2}), ("full", {})])
+def test_a_row_in_the_place_of_the_optimizer(
+    row: str, options: dict[str, Any], kit: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "utils", SimpleNamespace(WARMUP_STEP_RATIO=0.25))
+    script, model = Script(), AutoModelForCausalLM.from_pretrained(MODEL)
+    ours = kit.Row(script, row, options, 2, MODEL, tmp_path)
+    result = script.train(model=model, optimizer_kwargs={"lr": 1e-3, "weight_decay": 0.1}, query_template="{query}")
+    assert result.rates[0] == 1e-3, "one step of warm-up"
+    assert result.rates[-1] == 0.0
+    chosen = ours.optimizer.selections()
+    total = sum(p.numel() for p in model.parameters())
+    assert result.num_trainable_params == (sum(s.numel for s in chosen.values()) if row != "full" else total)
+    size: Any = script.get_file_size
+    assert (
+        size(model, peft_config=None, clean=True, print_fn=lambda _: None)
+        == (tmp_path / "delta.safetensors").stat().st_size
+    )
+    base = AutoModelForCausalLM.from_pretrained(MODEL)
+    finetooth.Delta.load(tmp_path).apply(base)
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), model.parameters(), strict=True))
+
+
+def test_the_experiment_is_where_the_script_looks(kit: ModuleType, tmp_path: Path) -> None:
+    path = kit.experiment(tmp_path, "a", {"grad_norm_clip": 0})
+    assert Path(path).parts == ("experiments", "finetooth", "a"), "PEFT's validate_experiment_path wants three parts"
+    assert json.loads((tmp_path / path / "training_params.json").read_text()) == {"grad_norm_clip": 0}
+
+
+def test_no_checkout(kit: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="git clone"):
+        kit.opened(tmp_path)
