@@ -145,13 +145,18 @@ def _sweep(compared: Comparison) -> Section:
     for row in sorted(swept, key=lambda row: row["lr"]):
         curves.setdefault(row["contender"], []).append((row["lr"], row["task_loss"]))
     losses = [loss for points in curves.values() for _, loss in points]
-    edge = 0.05 * (max(losses) - min(losses)) or 0.05
-    span, best = (min(losses) - edge, max(losses) + edge), tally.best(swept)
+    start = max(
+        (row["task_loss_before"] for row in swept if row.get("task_loss_before") is not None), default=max(losses)
+    )
+    top, best = max(min(max(losses), start), min(losses)), tally.best(swept)
+    edge = 0.05 * (top - min(losses)) or 0.05
+    span = (min(losses) - edge, top + edge)
     drawn = [
         Figure(figures.sweep(f"sweep {label}", points, [p for other, p in curves.items() if other != label], best.get(label), "task loss, nats", span), label, size="small")
         for label, points in curves.items()
     ]  # fmt: skip
     said = "The task loss of each at every learning rate, with the first seed; filled: the rate it was given in the end. Grey: the others."
+    said += " What did worse than no training at all is cut off." if top < max(losses) else ""
     return Section("Sweep", [said], drawn)
 
 

@@ -40,37 +40,27 @@ def page(run: Record) -> Page:
 
 
 def _tiles(run: Record) -> list[Tile]:
+    """What there is of the numbers that matter; a comparison's outsiders and protocols of one's own say less."""
     found = run.results
     if found is None:
         return []
-    key = tally.quality([found["after"]])
-    tiles = []
+    tiles, key, forgotten = list[Tile](), tally.quality([found["after"]]), found["forgetting"]
     if key in found["after"]:
-        tiles.append(
-            Tile(_words(key), f"{number(found['before'].get(key))} → {number(found['after'][key])}", _better(key))
-        )
-    if found["forgetting"] is not None:
-        tiles.append(
-            Tile(
-                "forgetting", number(found["forgetting"], sign="+"), "nats a token on the general text, less is better"
-            )
-        )
-    tiles += [
-        Tile("weights changed", f"{found['share']:.2%}", f"{found['changed']:,} of {found['weights']:,}"),
-        Tile(
-            "delta on disk",
-            size(found["delta_bytes"]),
-            f"{found['delta_bytes'] / max(found['changed'], 1):.2f} bytes a changed weight",
-        ),
-        Tile("time", clock(found["seconds"]), "loading and both evaluations included"),
-    ]
+        value = f"{number(found['before'].get(key))} → {number(found['after'][key])}"
+        tiles.append(Tile(_words(key), value, _better(key)))
+    if forgotten is not None:
+        said = "nats a token on the general text, less is better"
+        tiles.append(Tile("forgetting", number(forgotten, sign="+"), said))
+    if "changed" in found:
+        changed, stored = found["changed"], found["delta_bytes"]
+        tiles.append(Tile("weights changed", f"{found['share']:.2%}", f"{changed:,} of {found['weights']:,}"))
+        tiles.append(Tile("delta on disk", size(stored), f"{stored / max(changed, 1):.2f} bytes a changed weight"))
+    if "seconds" in found:
+        tiles.append(Tile("time", clock(found["seconds"]), "loading and both evaluations included"))
     peak = found.get("train_peak_bytes") or found.get("peak_bytes") or {}
-    held = peak.get("gpu", peak.get("host"))
-    return (
-        [*tiles, Tile("peak memory", size(held), "of the GPU" if "gpu" in peak else "of the process")]
-        if held
-        else tiles
-    )
+    if held := peak.get("gpu", peak.get("host")):
+        tiles.append(Tile("peak memory", size(held), "of the GPU" if "gpu" in peak else "of the process"))
+    return tiles
 
 
 def _quality(run: Record) -> Section:
@@ -99,7 +89,8 @@ def _quality(run: Record) -> Section:
 def _learning(run: Record) -> Section:
     steps = run.steps
     if not steps:
-        return Section("Learning", missing=["no step was logged: the run ended before its first."])
+        why = "the run has not come to its first line" if run.results is None else "there is no metrics.jsonl"
+        return Section("Learning", missing=[f"no step was logged: {why}."])
     loss, rate = _curve(steps, "loss"), _curve(steps, "learning_rate")
     drawn = [
         Figure(figures.lines("loss", {"loss": loss}, "optimizer step", "nats a token", bottom=0), "Training loss", "Mean over the steps since the point before."),
@@ -124,7 +115,7 @@ def _gradients(run: Record) -> Section:
         ]
         drawn.append(Figure(figures.lines("clipped", {"clipped": shares}, "optimizer step", "steps clipped", percent=True, bottom=-0.03, top=1.03), "Clip rate", f"Share of the steps since the point before; {clipped[-1][1]:,.0f} of {clipped[-1][0]:,.0f} steps in all."))  # fmt: skip
     elif steps:
-        missing.append(f"the clip rate is {EARLIER}")
+        missing.append(f"the clip rate is {_absent(run)}")
     if steps and steps[-1].get("skipped_steps"):
         said.append(f"{steps[-1]['skipped_steps']:,} steps had a gradient that was not finite, and wrote nothing.")
     return Section("Gradients", said, drawn, missing=missing)
@@ -133,7 +124,7 @@ def _gradients(run: Record) -> Section:
 def _selection(run: Record) -> Section:
     chosen, moved = run.chosen(), [line for line in run.selection if "kept" in line]
     if chosen is None:
-        why = EARLIER if run.results or run.steps else "nothing had been chosen yet."
+        why = _absent(run) if run.results or run.steps else "not known: nothing had been chosen yet."
         return Section("Selection", missing=[f"which weights were chosen is {why}"])
     lines, first = len(run.selection), run.selection[0]["step"]
     often = (
@@ -193,7 +184,7 @@ def _changed(run: Record) -> Section:
 
 def _resources(run: Record) -> Section:
     title, lines = "Time and memory", run.resources
-    missing = [] if lines else [f"memory over time is {EARLIER}"]
+    missing = [] if lines else [f"memory over time is {_absent(run)}"]
     curves = {
         word: [(x, y / 1e6) for x, y in _curve(lines, key)]
         for word, key in (("process", "host_bytes"), ("GPU", "gpu_bytes"))
@@ -207,7 +198,7 @@ def _resources(run: Record) -> Section:
         facts.append(["a step", f"{(t - s) / max(b - a, 1):.3g} s, the mean after step {a:,}"])
         facts.append(["training", clock(t)])
     if run.results is not None:
-        facts.append(["the optimizer's state", size(run.results["state_bytes"])])
+        facts.append(["the optimizer's state", size(run.results.get("state_bytes"))])
         for key, when in (("train_peak_bytes", "until training ended"), ("peak_bytes", "until evaluation ended")):
             peaks = (run.results.get(key) or {}).items()
             facts += [[f"peak of the {'GPU' if k == 'gpu' else 'process'}", f"{size(n)} {when}"] for k, n in peaks]
@@ -223,7 +214,10 @@ def _samples(run: Record) -> Section:
     one = (run.results or {}).get("sample")
     if one:
         return Section(title, ["One row; this run noted no more."], samples=[{**one, "right": False}])
-    why = UNFINISHED if run.results is None else "not recorded: the recipe has no data.eval with prompts to answer."
+    if run.results is None:
+        return Section(title, missing=[UNFINISHED])
+    asked = run.recipe.data.eval is not None
+    why = f"answers are {_absent(run)}" if asked else "the recipe has no data.eval: nothing was asked."
     return Section(title, missing=[why])
 
 
@@ -254,6 +248,16 @@ def _curve(lines: Sequence[dict[str, Any]], key: str) -> list[tuple[float, float
     if odd := [value for _, value in found if not isinstance(value, int | float)]:
         raise TypeError(f"{key} is {odd[0]!r}")
     return found
+
+
+def _absent(run: Record) -> str:
+    """Why something is not in the folder that every run has now."""
+    name = run.recipe.method.name
+    return (
+        EARLIER
+        if name in METHODS
+        else f"not recorded: {name} is not one of Finetooth's methods, which are looked into."
+    )
 
 
 def _words(key: str) -> str:
