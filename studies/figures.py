@@ -24,6 +24,7 @@ Lines = dict[str, list[dict[str, Any]]]  # recipe -> a line for each contender
 STYLE = {"svg.hashsalt": "finetooth", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8}
 
 
+@matplotlib.rc_context(STYLE)
 def draw(question: Path, out: Path) -> list[str]:
     """Write them; their names."""
     table: list[dict[str, Any]] = []
@@ -71,11 +72,12 @@ def _alone(line: dict[str, Any]) -> dict[str, Any]:
 
 def intervals(lines: Lines, number: str, file: Path) -> Path:
     """Differences in the number and in forgetting; left of the line is better, as both are less when better."""
-    labels = list(dict.fromkeys(x["contender"] for own in lines.values() for x in own))
+    known = (x["contender"] for own in lines.values() for x in own if x.get(f"{number}_difference") is not None)
+    labels = list(dict.fromkeys(known))
     figure = Figure(figsize=(7.5, 1 + 0.16 * len(labels) * len(lines)), layout="constrained")
     for axes, key in zip(figure.subplots(1, 2, sharey=True), (number, "forgetting"), strict=True):
         for i, (recipe, own) in enumerate(lines.items()):
-            shown = [x for x in own if x.get(f"{key}_difference") is not None]
+            shown = [x for x in own if x["contender"] in labels and x.get(f"{key}_difference") is not None]
             y = [labels.index(x["contender"]) + 0.7 * (i + 0.5) / len(lines) - 0.35 for x in shown]
             spread = [x[f"{key}_interval"] or 0.0 for x in shown]
             axes.errorbar([x[f"{key}_difference"] for x in shown], y, xerr=spread, fmt="o", ms=3, lw=0.8, label=recipe)
@@ -111,6 +113,5 @@ def curves(lines: Lines, over: str, file: Path) -> Path:
 
 
 def _saved(figure: Figure, file: Path) -> Path:
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(file, metadata={"Date": None})
+    figure.savefig(file, metadata={"Date": None})
     return file

@@ -65,9 +65,10 @@ def comparisons(
             words = ["compare", str(HERE / "recipes" / f"{recipe}.yaml"), *changes]
             words += ["--methods", ",".join(methods), "--lr", ",".join(f"{rate:g}" for rate in rates)]
             words += ["--keep", ",".join(f"{share:g}" for share in keep)] if keep else []
-            words += ["--seeds", str(size["seeds"]), "--widen", str(size["widen"])]
-            task = "banking77" if recipe == "sequence" else recipe
-            words += ["--select", str(out / "data" / task / "select.jsonl")]
+            words += ["--seeds", str(size["seeds"])]
+            if len(rates) > 1:
+                task = "banking77" if recipe == "sequence" else recipe
+                words += ["--widen", str(size["widen"]), "--select", str(out / "data" / task / "select.jsonl")]
             words += ["--runner", str(HERE / part["runner"])] if "runner" in part else []
             words += ["--out", str(out / question.stem / name / recipe)]
             yield Comparison(name, recipe, words, len(found), part.get("alone", False))

@@ -76,8 +76,9 @@ def planned(
     rates, keeps = _numbers("lr", wanted["lr"]) or [common.optimizer.lr], _numbers("keep", wanted["keep"])
     if any(rate <= 0 for rate in rates):
         raise RecipeError(f"--lr {wanted['lr']}: learning rates are above 0.")
-    if how.get("widen") and len(rates) < 2:
-        raise RecipeError("--widen goes on in the steps of --lr: give two learning rates or more.")
+    for name, given in (("widen", how.get("widen")), ("select", select)):
+        if given and len(rates) < 2:
+            raise RecipeError(f"--{name} is about a sweep, and --lr has one learning rate: give two or more.")
     names = [name for name in wanted["methods"].split(",") if name.strip()]
     if not names:
         raise RecipeError("--methods names none.")

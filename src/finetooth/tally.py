@@ -14,7 +14,16 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-HIGHER = ("exact_match", "choice_accuracy", "choice_accuracy_per_character", "bleu", "rouge1", "rouge2", "rougeL")
+HIGHER = (
+    "exact_match",
+    "choice_accuracy",
+    "choice_accuracy_per_character",
+    "bleu",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "preference_accuracy",
+)
 COSTS = ("share", "delta_bytes", "state_bytes", "seconds", "train_peak_bytes", "peak_bytes")
 # Of a row, what is no measurement after training.
 _OTHER = {"contender", "method", "keep", "lr", "seed", "stage", "run", "error", "changed", "general_loss", *COSTS}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import signal
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from finetooth import tally
+from finetooth.cli.board import Board
 from finetooth.cli.main import app
-from finetooth.contest import contender, contenders
+from finetooth.contest import Entry, contender, contenders
 from finetooth.recipe import MethodPart
 from tests.cli.test_train import recipe, runner
 
@@ -64,6 +67,13 @@ def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
     assert other.exit_code == 2 and "was run with another recipe" in other.stderr
 
 
+def settled(folder: Path) -> bool:
+    """Whether nothing is written there for two seconds, in which such a run makes several checkpoints."""
+    seen = {p.name for p in folder.rglob("*")}
+    time.sleep(2)
+    return seen == {p.name for p in folder.rglob("*")}
+
+
 @pytest.mark.slow
 def test_killed_and_gone_on_with(tmp_path: Path) -> None:
     """`kill -9` of the comparison alone, in its second run: that run ends too, and the same command does it and nothing else."""
@@ -80,11 +90,9 @@ def test_killed_and_gone_on_with(tmp_path: Path) -> None:
             time.sleep(0.02)
         process.kill()
     assert process.returncode == -signal.SIGKILL, log.read_text()
-    time.sleep(1)  # for the pipe to close and the run to end; it writes a line every ten steps otherwise
+    while not settled(second):  # a run that went on without its comparison would write its results
+        pass
     assert (first / "results.json").is_file() and not (second / "results.json").exists(), log.read_text()
-    size = {p: p.stat().st_size for p in second.rglob("*")}
-    time.sleep(2)
-    assert size == {p: p.stat().st_size for p in second.rglob("*")}, "the run goes on without its comparison"
     ended = (first / "results.json").stat().st_mtime_ns
     again = call(path, *words[1:], "--json")
     assert again.exit_code == 0 and again.stderr.count(": runs") == 1 and "base" not in again.stderr, again.stderr
@@ -144,7 +152,8 @@ def test_a_protocol_of_its_own_and_rates_followed_outwards(tmp_path: Path) -> No
         (["--lr", "1e-3,1e-3"], "a number is there twice"),
         (["--select", "nowhere.jsonl"], "--select: there is no file"),
         (["--runner", "nowhere.py"], "--runner: there is no file"),
-        (["--lr", "1e-3", "--widen", "1"], "give two learning rates or more"),
+        (["--lr", "1e-3", "--widen", "1"], "--widen is about a sweep, and --lr has one"),
+        (["--select", __file__], "--select is about a sweep, and --lr has one"),
         (["evaluate.task=none"], "there is nothing to compare by"),
     ],
 )
@@ -195,6 +204,22 @@ def row(label: str, seed: int, loss: float, forgetting: float) -> dict[str, Any]
         "task_loss": loss,
         "forgetting": forgetting,
     }
+
+
+def test_the_board_says_what_has_become_of_every_run() -> None:
+    board, one, two = Board(), contender("gmt"), contender("random:keep=0.1")
+    for entry in (Entry(one, 1e-3, 0), Entry(one, 3e-3, 0), Entry(two, 1e-3, 0)):
+        board.note(entry, "sweep", "waits", None)
+    assert board.note(None, "base", "runs", None) == "the base is measured: runs"
+    assert board.note(Entry(one, 1e-3, 0), "sweep", "ended", 1.2345) == "1 of 3  sweep gmt lr 0.001 seed 0: 1.234"
+    board.note(Entry(one, 3e-3, 0), "sweep", "failed", None)
+    board.note(Entry(two, 1e-3, 0), "sweep", "runs", None)
+    board.note(Entry(one, 1e-3, 1), "final", "ended", 2.0)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(board)
+    lines = [" ".join(line.replace("│", " ").split()) for line in console.export_text().splitlines()]
+    assert "gmt 1.234 failed 0.001 2.000" in lines and "random:keep=0.1 runs" in lines
+    assert lines[0].startswith("3 of 4 runs")
 
 
 def test_differences_are_within_a_seed() -> None:

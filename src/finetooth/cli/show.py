@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -115,22 +116,28 @@ def comparison(found: dict[str, Any], as_json: bool) -> None:
     lines, key = found["summary"], quality(found["summary"])
     best = front(lines, key)
     table = Table(
-        title=f"mean ± standard deviation; against {lines[0]['contender']}: difference ± 95 % interval",
+        title=f"mean ± standard deviation; below it the difference from {lines[0]['contender']} ± 95 % interval",
         title_justify="left",
+        box=SIMPLE,
     )
-    heads = [key.replace("_", " ") + (" ↑" if key in HIGHER else " ↓"), "difference", "forgetting ↓", "difference"]
-    for head in ("", "runs", "lr", *heads, "changed", "delta bytes", "training s", "peak MB"):
-        table.add_column(head, justify="right" if head else "left")
+    name = key.replace("_", " ") + (" ↑" if key in HIGHER else " ↓")
+    costs = Table(
+        "", title="medians: what is stored, training alone, and its process at most", title_justify="left", box=SIMPLE
+    )
+    for one, heads in ((table, ("", "lr", name, "forgetting ↓")), (costs, ("runs", "changed", "bytes", "s", "MB"))):
+        for head in heads:
+            one.add_column(head, **({"justify": "right", "no_wrap": True} if head else {"overflow": "fold"}))
     for line in lines:
-        name = f"{line['contender']}{' *' if line['contender'] in best else ''}"
-        spread = [
-            cell
+        label = Text(f"{line['contender']}{' *' if line['contender'] in best else ''}")
+        pairs = [
+            f"{_pm(line, k, f'{k}_sd')}\n{_pm(line, f'{k}_difference', f'{k}_interval', '+')}".rstrip()
             for k in (key, "forgetting")
-            for cell in (_pm(line, k, f"{k}_sd"), _pm(line, f"{k}_difference", f"{k}_interval", "+"))
         ]
-        table.add_row(name, str(line["runs"]), f"{line['lr']:g}", *spread, *_costs(line))
+        table.add_row(label, f"{line['lr']:g}", *pairs)
+        costs.add_row(label, str(line["runs"]), *_costs(line))
     console = Console(file=sys.stdout)
     console.print(table)
+    console.print(costs)
     console.print("* nobody is better in both numbers.  All of it: " + _folder(found["folder"]), highlight=False)
     for remark in found["remarks"]:
         note(remark)
