@@ -53,17 +53,20 @@ class Selection:
     def gather(self, x: Tensor) -> Tensor:
         """The chosen units of `x` as a new tensor `[k, unit_numel]`."""
         grid = self._grid(x)
-        if grid.ndim == 2:
-            return grid.index_select(0, self.index)
-        return grid[torch.unravel_index(self.index.long(), grid.shape[:-1])]
+        if grid.ndim > 2:
+            return grid[torch.unravel_index(self.index.long(), grid.shape[:-1])]
+        rows = grid if grid.shape[1] > 1 else grid[:, 0]  # torch takes entries in a third of the time of rows of one
+        return rows.index_select(0, self.index).view(-1, grid.shape[1])
 
     def scatter_(self, x: Tensor, values: Tensor) -> None:
         """Write `values` `[k, unit_numel]` into the chosen units of `x`; nothing else is touched."""
         grid, index = self._grid(x), self.index.long()
-        if grid.ndim == 2:
+        if grid.ndim > 2:
+            grid[torch.unravel_index(index, grid.shape[:-1])] = values
+        elif grid.shape[1] > 1:
             grid.index_copy_(0, index, values)
         else:
-            grid[torch.unravel_index(index, grid.shape[:-1])] = values
+            grid[:, 0].scatter_(0, index, values.reshape(index.shape))
 
     def entries(self) -> Tensor:
         """Where the chosen entries lie, row-major: int64 `[k, unit_numel]`, in the order of `gather`."""
@@ -77,8 +80,7 @@ class Selection:
     def mask(self) -> Tensor:
         """A boolean tensor of the weight's shape, true where chosen."""
         mask = torch.zeros(self.shape, dtype=torch.bool, device=self.index.device)
-        chosen = torch.ones((), dtype=torch.bool, device=mask.device)
-        self.scatter_(mask, chosen.expand(len(self), self.unit.numel(self.shape)))
+        self.scatter_(mask, mask.new_ones(()).expand(len(self), self.unit.numel(self.shape)))
         return mask
 
     def _grid(self, x: Tensor) -> Tensor:
@@ -216,8 +218,7 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
 
 def kth_largest(scores: Tensor, k: int) -> float:
     """The exact k-th largest of a flat non-negative tensor, 1 <= k <= n."""
-    found: float = pick("magnitude_cut", scores.device)([scores], k)[0]
-    return found
+    return float(pick("magnitude_cut", scores.device)([scores], k)[0])
 
 
 def top(scores: Tensor, k: int, tie: Callable[[], Tensor] | None = None, threshold: bool = False) -> Tensor:

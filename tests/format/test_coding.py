@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -106,9 +107,7 @@ def test_values_come_back(dtype: torch.dtype, n: int) -> None:
     assert np.array_equal(coding.moved(old, z, dtype.is_floating_point), new)
     for name, width in coding.STEPS.items():
         if width <= 8 * z.itemsize:
-            top = (1 << width) - 1
-            stream = np.concatenate([coding._packed(np.minimum(z, top), width), z[z >= top].view(np.uint8)])
-            assert np.array_equal(coding.decode_steps(name, stream, n, z.dtype), z), name
+            assert np.array_equal(coding.decode_steps(name, coding._packed(z, width), n, z.dtype), z), name
     best = coding.encode_steps(z)
     assert best is None or best[1].nbytes < z.nbytes
     assert best is None or np.array_equal(coding.decode_steps(*best, n, z.dtype), z)
@@ -117,7 +116,7 @@ def test_values_come_back(dtype: torch.dtype, n: int) -> None:
 def test_one_step_is_the_next_number() -> None:
     """The integers are in the order of the floats, across zero: -tiny, -0.0, 0.0, tiny."""
     tiny = torch.tensor([-1.0, -1e-45, -0.0, 0.0, 1e-45, 1.0])
-    order = coding._ordered(patterns(tiny), True).view(np.int32)
+    order = coding._ordered(patterns(tiny), True, np.empty(6, np.uint32)).view(np.int32)
     assert bool((np.diff(order) > 0).all())
     assert order[1:5].tolist() == [-2, -1, 0, 1]
     up = torch.nextafter(torch.tensor([1.5]), torch.tensor([2.0]))
@@ -153,6 +152,141 @@ def test_checking_makes_nothing_of_the_stream_s_size() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 32 * 8 * coding._PIECE < full.nbytes * 8
+
+
+# -- beside decoders that go one number at a time ---------------------------------------------------
+
+
+def ids_one_by_one(name: str, stream: list[int], count: int, units: int) -> list[int] | None:
+    """None: refused."""
+    ids: list[int] = []
+    gap, open_ended = 0, False
+    for at, x in enumerate(stream):
+        if name == "plain":
+            ids.append(x)
+        elif name == "bitmap":
+            ids += [8 * at + bit for bit in range(8) if x >> bit & 1]
+        else:
+            gap, open_ended = gap + x, x == np.iinfo(coding.GAPS[name]).max
+            if not open_ended:
+                ids.append((ids[-1] if ids else -1) + gap + 1)
+                gap = 0
+    rising = all(a < b for a, b in pairwise([-1, *ids, units]))
+    return ids if rising and len(ids) == count and not open_ended else None
+
+
+def steps_one_by_one(name: str, stream: bytes, n: int, itemsize: int) -> list[int] | None:
+    bits = coding.STEPS[name]
+    size, top = -(-n * bits // 8), (1 << bits) - 1
+    planes, tail = stream[:size], stream[size:]
+    if bits > 8 * itemsize or len(planes) < size or len(tail) % itemsize:
+        return None
+    if bits == 4:
+        short = [x for byte in planes for x in (byte & 15, byte >> 4)]
+        if any(short[n:]):
+            return None
+    else:
+        short = [sum(planes[plane * n + i] << 8 * plane for plane in range(bits // 8)) for i in range(n)]
+    long = [int.from_bytes(tail[i : i + itemsize], "little") for i in range(0, len(tail), itemsize)]
+    if short[:n].count(top) != len(long) or any(x < top for x in long):
+        return None
+    return [long.pop(0) if x == top else x for x in short[:n]]
+
+
+STREAMS = {
+    "plain": (np.int32, st.integers(-1, 40)),
+    "wide": (np.int64, st.integers(-1, 40) | st.integers(2**31 - 2, 2**31 + 2)),
+    "gap8": (np.uint8, st.sampled_from([0, 1, 2, 254, 255])),
+    "gap16": (np.uint16, st.sampled_from([0, 1, 255, 65534, 65535])),
+    "bitmap": (np.uint8, st.sampled_from([0, 0, 1, 6, 128, 255])),
+}
+PIECES = st.sampled_from([2, 4, 16, 1 << 16])  # escapes and ends fall on every side of a seam
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    data=st.data(), kind=st.sampled_from(list(STREAMS)), piece=PIECES, off=st.integers(-1, 1), room=st.integers(-1, 9)
+)
+def test_ids_are_those_read_one_by_one(data: Any, kind: str, piece: int, off: int, room: int) -> None:
+    """Of streams that are right and that are not, with a count and a number of units that are right or nearly so."""
+    dtype, numbers = STREAMS[kind]
+    stream, name = data.draw(st.lists(numbers, max_size=40)), "plain" if kind == "wide" else kind
+    stream = sorted(set(stream)) if name == "plain" and data.draw(st.booleans()) else stream
+    close = [*stream[:-1], *[x - (x == np.iinfo(dtype).max) for x in stream[-1:]]]  # as an encoder would end it
+    stream = close if data.draw(st.booleans()) else stream
+    found = {"plain": stream, "bitmap": [8 * i + b for i, x in enumerate(stream) for b in range(8) if x >> b & 1]}.get(
+        name, np.cumsum([x + (x != np.iinfo(dtype).max) for x in stream]) - 1
+    )
+    ends = name == "plain" or name == "bitmap" or np.array(stream) != np.iinfo(dtype).max
+    count = max(0, int(np.sum(ends) if name in coding.GAPS else len(found)) + off)
+    units = max(1, (int(max(found)) if len(found) else 0) + 1 + room)
+    expected, array = ids_one_by_one(name, stream, count, units), np.array(stream, dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coding, "_PIECE", piece)
+        if expected is None:
+            for look in (coding.check_index, coding.decode_index):
+                with pytest.raises(ValueError, match=r"increasing|range|holds|middle"):
+                    look(name, array, count, units)
+        else:
+            coding.check_index(name, array, count, units)
+            assert coding.decode_index(name, array, count, units).tolist() == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    gaps=st.lists(
+        st.sampled_from([0, 1, 253, 254, 255, 256, 509, 510, 511, 65534, 65535, 65536]), min_size=1, max_size=30
+    ),
+    dtype=st.sampled_from([np.int32, np.int64]),
+    first=st.sampled_from([0, 254, 255, 2**31 - 1 - 3_000_000]),
+    piece=PIECES,
+)
+def test_what_is_coded_is_read_one_by_one(gaps: list[int], dtype: Any, first: int, piece: int) -> None:
+    index = (np.cumsum([first, *(g + 1 for g in gaps)])).astype(dtype)
+    units = int(index[-1]) + 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coding, "_PIECE", piece)
+        name, stream = coding.encode_index(index, units)
+        sizes = coding.index_sizes(index, units)
+        assert sizes[name] == stream.nbytes == min(sizes.values())
+        if first < 1000:  # else the slow one takes its time
+            assert ids_one_by_one(name, stream.tolist(), index.size, units) == index.tolist()
+        assert np.array_equal(coding.decode_index(name, stream, index.size, units), index)
+
+
+def test_the_last_id_that_fits() -> None:
+    """No sum on the way is larger than the id."""
+    index, units = np.array([2**31 - 1], np.int32), 2**31
+    for name, dtype in coding.GAPS.items():
+        stream = np.concatenate([coding._escaped(gaps, dtype) for gaps in coding._gaps(index)])
+        assert coding.decode_index(name, stream, 1, units).tolist() == [2**31 - 1]
+        with pytest.raises(ValueError, match="out of range"):
+            coding.decode_index(name, stream, 1, units - 1)
+
+
+@settings(max_examples=400, deadline=None)
+@given(data=st.data(), name=st.sampled_from(list(coding.STEPS)), itemsize=st.sampled_from([1, 2, 4, 8]), piece=PIECES)
+def test_steps_are_those_read_one_by_one(data: Any, name: str, itemsize: int, piece: int) -> None:
+    """Of streams as they are written, and with a byte more, less or different."""
+    top = (1 << min(coding.STEPS[name], 8 * itemsize)) - 1
+    near = st.sampled_from([0, 1, top - 1, top, 1 << 8 * itemsize - 1, (1 << 8 * itemsize) - 1])
+    z = np.array(data.draw(st.lists(near, min_size=1, max_size=40)), f"u{itemsize}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coding, "_PIECE", piece)
+        stream = coding._packed(z, coding.STEPS[name]) if coding.STEPS[name] <= 8 * itemsize else z.view(np.uint8)
+        raw = bytearray(stream.tobytes())
+        for _ in range(data.draw(st.integers(0, 2))):
+            at = data.draw(st.integers(0, len(raw)))
+            raw[at : at + data.draw(st.integers(0, 1))] = data.draw(st.sampled_from([b"", b"\x00", b"\x0f", b"\xff"]))
+        n, changed = max(1, z.size + data.draw(st.sampled_from([0, 0, -1, 1]))), np.frombuffer(bytes(raw), np.uint8)
+        expected = steps_one_by_one(name, bytes(raw), n, itemsize)
+        if expected is None:
+            for look in (coding.check_steps, coding.decode_steps):
+                with pytest.raises(ValueError, match=r"cannot be|half a byte|long"):
+                    look(name, changed, n, z.dtype)
+        else:
+            coding.check_steps(name, changed, n, z.dtype)
+            assert coding.decode_steps(name, changed, n, z.dtype).tolist() == expected
 
 
 def test_bits_are_the_patterns() -> None:
