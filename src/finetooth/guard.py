@@ -29,7 +29,7 @@ class Guard:
         self.max_norm, self.stop_after, self.norm = max_norm, stop_after, 0.0
         self.total = 0.0  # the norm of all gradients of the present step
         self.names = list[str]()  # of all that may have a gradient, in one order on all ranks
-        self._bad, self._idle = 0, 0
+        self._bad, self._idle, self.clipped = 0, 0, 0
 
     @property
     def bad(self) -> int:
@@ -37,12 +37,13 @@ class Guard:
         return self._bad
 
     def state(self) -> dict[str, float]:
-        """How many steps in a row were bad, or without gradients, and the last norm: a resumed run goes on from there."""
-        return {"bad": self._bad, "idle": self._idle, "norm": self.norm}
+        """How many steps in a row were bad, or without gradients, how many were clipped, and the last norm: a resumed run goes on from there."""
+        return {"bad": self._bad, "idle": self._idle, "clipped": self.clipped, "norm": self.norm}
 
     def restore(self, state: Mapping[str, float]) -> None:
         """Take over what `state` gave."""
         self._bad, self._idle, self.norm = int(state["bad"]), int(state["idle"]), state["norm"]
+        self.clipped = int(state.get("clipped", 0))  # of checkpoints that were saved before it was counted
 
     def passes(self, grads: Mapping[str, Tensor], total: float, loss: float = 0.0) -> bool:
         """Whether all of them can be used; NonFiniteError, naming the first bad tensor, after `stop_after` times in a row.
@@ -93,9 +94,11 @@ class Guard:
         if not self.max_norm:
             return 1.0
         if total > torch.finfo(torch.float32).max:
-            return self.max_norm / total
-        coefficient = self.max_norm / (torch.tensor(total) + 1e-6)  # float32 and the 1e-6: torch's clip_grad_norm_
-        return min(1.0, float(coefficient))
+            found = self.max_norm / total
+        else:
+            found = float(self.max_norm / (torch.tensor(total) + 1e-6))  # float32 and the 1e-6: torch's clip_grad_norm_
+        self.clipped += found < 1.0
+        return min(1.0, found)
 
 
 def norm(grads: Iterable[Tensor]) -> Tensor:

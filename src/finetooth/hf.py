@@ -16,9 +16,7 @@ be called on the finished trainer, would be a second line, and silent where it i
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from finetooth import generated, saved, settings, shards
-from finetooth.files import room, whole
+from finetooth.lines import Lines
 from finetooth.optim import SelectiveAdamW
 from finetooth.reference import Reference
-from finetooth.run import to_json
 
 Progress = Callable[[int, int, float | None], None]  # step, steps in all, last loss
 
@@ -56,7 +53,8 @@ class SelectiveCallback(TrainerCallback):
         progress: Progress | None = None,
         seal: bool = True,
     ) -> None:
-        self._opt, self._metrics, self._progress, self._seal = opt, metrics, progress, seal
+        self._opt, self._progress, self._seal = opt, progress, seal
+        self._metrics = None if metrics is None else Lines(metrics)
         self._loss: float | None = None
         self._rate: float | None = None
 
@@ -78,7 +76,8 @@ class SelectiveCallback(TrainerCallback):
             own = f"to {self._opt.max_grad_norm}" if self._opt.max_grad_norm else "nothing, as it was built to"
             _log.warning("the optimizer clips %s; max_grad_norm of %s is set to 0.", own, type(args).__name__)
             args.max_grad_norm = 0.0  # read anew at every step
-        self._cut_metrics(state)
+        if self._metrics is not None and state.is_world_process_zero:
+            self._metrics.cut(state.global_step)  # later lines belong to what was lost
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Note the rate of the step: the schedule has moved on when it is logged."""
@@ -98,6 +97,7 @@ class SelectiveCallback(TrainerCallback):
             return
         if "learning_rate" in logs:
             figures = {"grad_norm": self._opt.grad_norm, "skipped_steps": self._opt.skipped}
+            figures |= {"clipped_steps": self._opt.clipped} if self._opt.max_grad_norm else {}
             figures |= {} if self._rate is None else {"learning_rate": self._rate}
             logs.update(figures)
             if state.log_history and state.log_history[-1].get("step") == state.global_step:
@@ -105,9 +105,8 @@ class SelectiveCallback(TrainerCallback):
         self._loss = logs.get("loss", self._loss)
         self._report(state)
         if self._metrics is not None and state.is_world_process_zero:
-            line = {"step": state.global_step, **{k: v for k, v in logs.items() if isinstance(v, int | float)}}
-            with room(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
-                file.write(to_json(line) + "\n")
+            numbers = {k: v for k, v in logs.items() if isinstance(v, int | float)}
+            self._metrics.append({"step": state.global_step, **numbers})
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Report progress after every optimizer step, and log the last one whatever its number."""
@@ -133,18 +132,6 @@ class SelectiveCallback(TrainerCallback):
             )
         handler.callbacks.remove(self)
         handler.callbacks.insert(0, self)
-
-    def _cut_metrics(self, state: Any) -> None:
-        """A resumed run continues the metrics file from its checkpoint: later lines belong to what was lost.
-
-        A line that is not whole is one that the run was killed in.
-        """
-        if self._metrics is None or not self._metrics.exists() or not state.is_world_process_zero:
-            return
-        lines = self._metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if _step(line) <= state.global_step]
-        with whole(self._metrics) as temp:
-            temp.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _report(self, state: Any) -> None:
         if self._progress is not None:
@@ -175,12 +162,3 @@ def _check_checkpoints(args: Any, state: Any, opt: SelectiveAdamW, seal: bool) -
         )
     if seal and args.save_total_limit == 1:
         raise ValueError("save_total_limit=1 deletes the last good checkpoint before the new one is sealed: give 2.")
-
-
-def _step(line: str) -> float:
-    """The step of a line of metrics; infinity for a line that is not whole, and for the summary, which is written again."""
-    try:
-        found = json.loads(line)
-        return math.inf if "train_runtime" in found else float(found["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf

@@ -16,7 +16,7 @@ from finetooth.jobs import Job
 from finetooth.optim import SelectiveAdamW
 from finetooth.rest import quantized_rest
 
-SAMPLES = 64  # of the evaluation rows, one is shown: the first that comes out right, if any does
+SAMPLES, SHOWN = 64, 8  # evaluation rows that are answered whatever the task is, and those of them that are kept
 Measured = tuple[dict[str, float], list[str]]  # numbers, and what was generated
 GENERATED = ("exact_match", "bleu", "rouge")  # tasks that need a generation for every row
 
@@ -89,20 +89,31 @@ def reverts(job: Job, delta: Delta) -> bool:
 
 
 def sample(job: Job, before: list[str], after: list[str]) -> dict[str, str]:
-    """One evaluation row with what the model said before and says now."""
+    """One evaluation row with what the model said before and says now: the first that comes out right, if any does."""
+    rows = _told(job, before, after)
+    right = [row for row in rows if row["right"]]
+    return {key: (right or rows)[0][key] for key in ("prompt", "before", "after", "expected")} if rows else {}
+
+
+def samples(job: Job, before: list[str], after: list[str], most: int = SHOWN) -> list[dict[str, Any]]:
+    """Some evaluation rows with what the model said before and says now, spread over the file; `right`: as the task asks."""
+    rows = _told(job, before, after)
+    return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
+
+
+def _told(job: Job, before: list[str], after: list[str]) -> list[dict[str, Any]]:
+    """The first rows that were asked, with their answers."""
     asked = [e for e in job.eval.examples if e.asked] if job.eval is not None else []
-    if not asked or not after:
-        return {}
-    shown = range(min(SAMPLES, len(after)))
-    right = [i for i in shown if evaluate.answer(after[i], job.recipe.evaluate.extract) == asked[i].target.strip()]
-    at = right[0] if right else 0
-    prompt = job.tokenizer.decode(asked[at].asked, skip_special_tokens=True)
-    return {
-        "prompt": prompt.strip(),
-        "before": before[at].strip(),
-        "after": after[at].strip(),
-        "expected": asked[at].target,
-    }
+    return [
+        {
+            "prompt": job.tokenizer.decode(e.asked, skip_special_tokens=True).strip(),
+            "before": was.strip(),
+            "after": now.strip(),
+            "expected": e.target,
+            "right": evaluate.answer(now, job.recipe.evaluate.extract) == e.target.strip(),
+        }
+        for e, was, now in list(zip(asked, before, after, strict=False))[:SAMPLES]
+    ]
 
 
 def notes(job: Job) -> dict[str, Any]:

@@ -66,6 +66,11 @@ class NamedOptimizer(torch.optim.Optimizer):
         found = {n: s.seen(tuple(live[n].shape)) for n, s in self._slots.items()}
         return {n: selection for n, selection in found.items() if selection is not None}
 
+    def slots(self) -> dict[str, tuple[Slot, tuple[int, ...]]]:
+        """What is remembered of every tensor that takes part, with the tensor's shape, as this rank holds it."""
+        live = self._live()
+        return {name: (slot, tuple(live[name].shape)) for name, slot in self._slots.items()}
+
     def names(self) -> list[str]:
         """Every parameter this optimizer knows, trained or not."""
         return [*self._slots, *self._others]

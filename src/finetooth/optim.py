@@ -104,14 +104,8 @@ class SelectiveAdamW(ChoosingOptimizer):
     ) -> None:
         given = check_named(named_parameters)
         check_rates(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-        for word, value in (
-            ("state", state),
-            ("mask", mask),
-            ("rounding", rounding),
-            ("decay_to", decay_to),
-            ("gradients", gradients),
-            ("moments", moments),
-        ):
+        words = {"state": state, "mask": mask, "rounding": rounding, "decay_to": decay_to, "gradients": gradients}
+        for word, value in {**words, "moments": moments}.items():
             check_choice(word, value)
         check_together(rule, when, rest or frozen(), state, mask)
         check_excluded(rule, given)
@@ -200,6 +194,11 @@ class SelectiveAdamW(ChoosingOptimizer):
     def grad_norm(self) -> float:
         """The norm, before clipping, of the gradients that the last step used."""
         return self._guard.norm
+
+    @property
+    def clipped(self) -> int:
+        """How many steps were clipped to `max_grad_norm`."""
+        return self._guard.clipped
 
     def _norm(self, grads: Iterable[Tensor]) -> float:
         """The norm of gradients on all ranks together."""

@@ -1,8 +1,9 @@
 """The run folder: what is written, and that nothing in it is overwritten by accident.
 
-recipe.yaml  environment.json  metrics.jsonl  checkpoints/  delta.safetensors  results.json  README.md
+recipe.yaml  environment.json  metrics.jsonl  selection.jsonl  resources.jsonl  checkpoints/
+    delta.safetensors  samples.json  results.json  README.md
 
-Every file is there whole or not at all, so that a run can be resumed whenever it is killed; only lines are appended to the metrics.
+Every file is there whole or not at all, so that a run can be resumed whenever it is killed; only lines are appended to the files of lines.
 
 `recipe.yaml` and the checkpoints hold whole paths, which resuming needs. The delta, the results and the README, which are
 for others to read, do not.
@@ -26,7 +27,8 @@ from finetooth.files import NotWritten, whole
 from finetooth.guard import NonFiniteError
 from finetooth.recipe import Recipe, RecipeError
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, METRICS, SELECTION, RESOURCES = "checkpoints", "metrics.jsonl", "selection.jsonl", "resources.jsonl"
+SAMPLES, RESULTS = "samples.json", "results.json"
 LIBRARIES = (
     *("finetooth", "torch", "transformers", "trl", "accelerate", "datasets", "tokenizers", "safetensors"),
     *("lm_eval", "sacrebleu", "rouge-score"),  # what measures

@@ -26,8 +26,20 @@ from finetooth.delta import Delta
 from finetooth.files import room
 from finetooth.guard import NonFiniteError
 from finetooth.hf import Progress, SelectiveCallback
+from finetooth.history import History
 from finetooth.jobs import Job, check, load, optimizer
-from finetooth.measure import Measured, forgetting, measure, notes, quantized, remarks, reverts, sample, summary
+from finetooth.measure import (
+    Measured,
+    forgetting,
+    measure,
+    notes,
+    quantized,
+    remarks,
+    reverts,
+    sample,
+    samples,
+    summary,
+)
 from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import Recipe
@@ -98,7 +110,8 @@ def _run(
         "seconds": round(time.monotonic() - started, 1),
         "run": folder.name,
     }
-    run.write_json(folder / "results.json", results)
+    run.write_json(folder / run.SAMPLES, samples(job, said_before, said_after))
+    run.write_json(folder / run.RESULTS, results)
     said = card(recipe, results, METHODS[recipe.method.name].paper, run.environment())
     run.write_text(folder / "README.md", said)
     if recipe.merged:
@@ -110,13 +123,14 @@ def _run(
 
 def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Trainer:
     """TRL's trainer on tokenized rows, with nothing of its own that would touch the optimizer's work."""
+    ours = SelectiveCallback(opt, job.folder / run.METRICS, progress, seal=False)
     trainer = Trainer(
         model=job.model,
         args=arguments(job),
         train_dataset=dataset(job),
         processing_class=job.tokenizer,
         optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress, seal=False)],
+        callbacks=[ours, History(opt, job.folder)],
     )
     trainer.selective = opt
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:

@@ -55,6 +55,8 @@ def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
     with (tmp_path / "c" / "runs.csv").open() as file:
         assert [row["run"] for row in csv.DictReader(file)] == [r["run"] for r in found["runs"]]
     assert b"random:keep=0.1" in (tmp_path / "c" / "pareto.svg").read_bytes()
+    assert runner.invoke(app, ["report", str(tmp_path / "c")]).exit_code == 0
+    assert "random:keep=0.1" in (tmp_path / "c" / "report.html").read_text()
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "c" / "runs").rglob("results.json")}
     lost = next(p for p in times if "lora-r-2-lr-0.01" in str(p))
     lost.unlink()  # as an interruption leaves it

@@ -45,6 +45,7 @@ LEVELS = (
     {"recipe", "embedded", "data", "answers", "pretrained"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"generated"}
+    | {"history", "turnover", "lines", "record", "page", "figures", "comparison", "reporter"}
     | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"}
     | {"outsiders", "contest", "entrant", "tally", "scatter", "compare"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},

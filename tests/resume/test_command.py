@@ -31,15 +31,24 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in TIMING} for line in lines]
 
 
+def lines(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "resources.jsonl").read_text().splitlines()]
+
+
 def test_a_damaged_newest_checkpoint_gives_way_and_it_is_said(tmp_path: Path) -> None:
     command, run, delta, logged = started(tmp_path)
     weights = run / "checkpoints" / "checkpoint-4" / "model.safetensors"
     flip(weights)
+    noted, took = ((run / name).read_text() for name in ("selection.jsonl", "resources.jsonl"))
     result = runner.invoke(app, [*command, "--resume"])
     assert result.exit_code == 0, result.output
     assert "checkpoint-4 is not used: model.safetensors has another sha256" in result.stderr
     assert "going on from checkpoint-2" in result.stderr
     assert (run / "delta.safetensors").read_bytes() == delta and metrics(run) == logged
+    assert (run / "selection.jsonl").read_text() == noted and noted.count("kept") == 2
+    assert [line["step"] for line in lines(run)] == [1, 2, 4] and (run / "resources.jsonl").read_text()[:40] == took[
+        :40
+    ]
     again = runner.invoke(app, [*command, "--resume"])
     assert again.exit_code == 0 and "going on from checkpoint-4" in again.stderr, "written again, and whole"
     assert (run / "delta.safetensors").read_bytes() == delta and metrics(run) == logged

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetooth.cli import compare, delta, demo, methods, plan, push, survival, train
+from finetooth.cli import compare, delta, demo, methods, plan, push, report, survival, train
 from finetooth.cli import eval as evaluation
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app.command()(plan.plan)
 app.command()(train.train)
 app.command(name="eval")(evaluation.evaluate)
 app.command()(compare.compare)
+app.command()(report.report)
 app.command()(methods.methods)
 app.command()(push.push)
 delta.app.command()(survival.survives)

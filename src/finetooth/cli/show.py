@@ -161,6 +161,16 @@ def _costs(line: dict[str, Any]) -> list[str]:
     ]
 
 
+def report(found: dict[str, Any], as_json: bool) -> None:
+    """Where a report is, and what it could not show."""
+    if as_json:
+        _json(found)
+        return
+    typer.echo(f"{_folder(found['report'])}: {printable(found['title'])}, {found['bytes']:,} bytes")
+    for text in found["missing"]:
+        note(printable(text))
+
+
 def appraisal(found: dict[str, Any], as_json: bool) -> None:
     """What `finetooth eval` measured, as a table or as JSON on stdout."""
     if as_json:
