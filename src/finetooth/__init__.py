@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from finetooth.files import NotWritten
     from finetooth.guard import NonFiniteError
     from finetooth.hf import SelectiveCallback
-    from finetooth.methods import METHODS, Method
+    from finetooth.method import Method
+    from finetooth.methods import METHODS
     from finetooth.named import FrozenMoved
     from finetooth.optim import SelectiveAdamW
     from finetooth.reference import Reference
@@ -34,7 +35,7 @@ _HOMES = {
     "Delta": "delta",
     "DeltaError": "delta",
     "FrozenMoved": "named",
-    "Method": "methods",
+    "Method": "method",
     "NonFiniteError": "guard",
     "NotWritten": "files",
     "Reference": "reference",

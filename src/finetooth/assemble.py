@@ -15,7 +15,8 @@ from finetooth.anatomy import Part, Targets, matching, survey
 from finetooth.base import open_base
 from finetooth.checks import check_choice, check_together
 from finetooth.gradients import remove_gradients
-from finetooth.methods import METHODS, Method
+from finetooth.method import Method
+from finetooth.methods import METHODS
 from finetooth.noise import remove_noise
 from finetooth.optim import SelectiveAdamW
 from finetooth.probe import calibrate
@@ -23,8 +24,10 @@ from finetooth.rule import Rule, by_model, by_tensor
 from finetooth.spelled import choice
 from finetooth.units import WHOLE, Unit
 from finetooth.weight import Score
+from finetooth.when import once
 
 _RULE = ("unit", "pool", "score", "threshold")
+_OWN = (*_RULE, "keep", "exchange")  # what the options of a row may change of its rule
 _ROW = ("when", "rest", "state", "mask")
 _OPTIMIZER = ("betas", "eps", "decay_to", "stop_after", "kernels", "moments")
 _PLAIN = ("lr", "weight_decay", "max_grad_norm", "seed", "rounding")  # the optimizer's own names for them
@@ -60,7 +63,7 @@ def build(
             is extracted, and check that it is what the model was at the start. Default: for those rows, the folder
             that transformers loaded the model from.
         overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
-            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after,
+            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho; lift: rank; badam: order; rows: rows), or betas, eps, decay_to, stop_after,
             kernels, moments. Choices may be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model",
             score="snip".
 
@@ -107,7 +110,7 @@ def arranged(
     `given` is the rest of what `build` takes. A plan makes the same arguments of a model without values (`rehearsal.py`).
     """
     shards.reshard(model)
-    row, plain = _row(method), {name: value for name, value in given.items() if name in _PLAIN}
+    row, plain = row_named(method), {name: value for name, value in given.items() if name in _PLAIN}
     overrides = {name: value for name, value in given.items() if name not in _PLAIN}
     _check_names(row, overrides, _OPTIMIZER)
     check_choice("gradients", gradients)
@@ -124,7 +127,8 @@ def arranged(
         wanted = matching(rule.targets if rule else "all", parts)
         stats = calibrate(model, calibration, {name: parts[name] for name in wanted}, row.calibration)
         shards.reshard(model)
-    if base is None and (rule is None or row.state == "dense" or row.rest.kind == "quantized"):
+    again = rule is not None and rule.unit.kind in WHOLE and row.when is not once
+    if base is None and (rule is None or row.state == "dense" or row.rest.kind == "quantized" or again):
         base = loaded_from(model)
     return {
         "named_parameters": model.named_parameters(),
@@ -164,7 +168,7 @@ def check_options(
 
     It says before a model is loaded what `build` would say after.
     """
-    row = _row(method)
+    row = row_named(method)
     _check_names(row, options, ())
     row, rule = _configured(row, None, keep, targets, options)
     check_choice("state", row.state)
@@ -172,7 +176,8 @@ def check_options(
     check_together(rule, row.when, row.rest, row.state, row.mask)
 
 
-def _row(method: str | Score | Method) -> Method:
+def row_named(method: str | Score | Method) -> Method:
+    """A row, by its name or made of a score; ValueError with the nearest name for one that is not there."""
     if isinstance(method, Method):
         return method
     if callable(method):
@@ -210,7 +215,7 @@ def _configured(
     rule = row.rule
     if row.pools is not None and parts is not None:
         rule = replace(rule, pool=row.pools(parts))
-    fields = {k: v for k, v in changes.items() if k in _RULE}
+    fields = {k: v for k, v in changes.items() if k in _OWN}
     fields |= {k: v for k, v in (("keep", keep), ("targets", targets)) if v is not None}
     if "unit" in asked and asked["unit"].kind in WHOLE and rule.pool is by_tensor:
         fields = {"pool": by_model, **fields}  # a budget of whole tensors means nothing in a single one
@@ -220,6 +225,8 @@ def _configured(
 
 def _own_options(row: Method, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What the row's own options change of it."""
+    if missing := [name for name in row.required if overrides.get(name) is None]:
+        raise ValueError(f"{row.name!r} needs {missing[0]}=: see `finetooth methods {row.name}`.")
     if row.configure is None:
         return {}
     own = {**row.options, **{k: v for k, v in overrides.items() if k in row.options}}

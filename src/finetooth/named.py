@@ -57,7 +57,7 @@ class NamedOptimizer(torch.optim.Optimizer):
     # -- what a user asks ---------------------------------------------------------------------------
 
     def selections(self) -> dict[str, Selection]:
-        """The present selection of every tensor that has one, by parameter name."""
+        """The selection of every tensor that has one, by parameter name: what the next step trains, where that is known already."""
         return {n: pieces.joined(selection, self._cuts.get(n)) for n, selection in self._held().items()}
 
     def _held(self) -> dict[str, Selection]:

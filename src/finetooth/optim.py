@@ -39,7 +39,6 @@ from finetooth.checks import (
     check_shards,
     check_together,
 )
-from finetooth.choosing import ChoosingOptimizer
 from finetooth.guard import Guard, norm
 from finetooth.kernels import check as check_backend
 from finetooth.moments import check as check_moments
@@ -49,12 +48,13 @@ from finetooth.scores import gradient
 from finetooth.selection import Selection, magnitude_cuts, select, select_pools
 from finetooth.units import WHOLE
 from finetooth.when import When, once
+from finetooth.window import WatchingOptimizer
 
 State = Literal["compact", "dense"]
 Mask = Literal["gradient", "update"]
 
 
-class SelectiveAdamW(ChoosingOptimizer):
+class SelectiveAdamW(WatchingOptimizer):
     """AdamW on the weights that a rule selects; every other weight is what `rest` says, bit for bit.
 
     Args:
@@ -158,9 +158,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         if self._stepped(live, grads):
             self.skipped -= 1
             self.steps += 1
-        if self._gradients is not None:
-            self._gradients.clear()
-            self._gradients.pause(self._selects())
+        self._between()
         return loss
 
     def _refuse_rehearsal(self, grads: Mapping[str, Tensor]) -> None:
@@ -210,20 +208,15 @@ class SelectiveAdamW(ChoosingOptimizer):
         routed = self._gradients
         dense = {n: shards.local(p.grad) for n, p in self._parameters().items() if p.grad is not None}
         if routed is None:
-            return dense
+            return self._averaged(dense) if self._ours else dense
         if hasattr(self, "found_inf"):  # a GradScaler calls
             raise RuntimeError(
                 "a loss scaler does not see gathered gradients: build with gradients='dense', or train in bf16."
             )
         if routed.paused:
-            if (
-                shards.world() > 1 and not self._cuts
-            ):  # DDP was told to leave them; every rank must take part for every tensor
-                live = self._parameters()
-                dense |= {n: torch.zeros_like(live[n]) for n in routed.chosen if n not in dense}
-                shards.reduce_([dense[n] for n in routed.chosen], "mean")
-            return dense
-        return {n: g for n, g in dense.items() if n not in routed.chosen} | routed.taken(self._parameters())
+            return self._averaged(dense)
+        rest = self._averaged({n: g for n, g in dense.items() if n not in routed.chosen})
+        return rest | routed.taken(self._parameters())
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -250,6 +243,8 @@ class SelectiveAdamW(ChoosingOptimizer):
             self._select_compact({**grads, **unused}, {})
             if self.when is once and not self.steps:
                 self._take_prints()
+        if self._watches():
+            self._watch(grads)
         chosen = {n: s for n in live if (s := self._slots[n].selection) is not None and len(s)}
         as_is = gathered | {n for n, s in chosen.items() if s.unit.kind in WHOLE}
         used = {n: grads[n] if n in as_is else s.gather(grads[n]) for n, s in chosen.items()}

@@ -37,6 +37,7 @@ class MethodPart(_Part):
     name: str = "gmt"
     keep: float | int | dict[str, float | int] | None = None
     targets: str | list[str] | None = None  # all, blocks, linear, dense-linear, or patterns of parameter names
+    calibration: str | None = None  # a file like data.train to measure on instead
     calibration_rows: int = Field(256, ge=1)  # rows of the training data that a calibrated row may look at
 
     @field_validator("keep", mode="before")
@@ -137,6 +138,7 @@ class Recipe(_Part):
         data, evaluate = self.data, self.evaluate
         shown = {
             "model": _shown(self.model),
+            "method": self.method.model_copy(update={"calibration": _shown(self.method.calibration)}),
             "data": data.model_copy(update={"train": _shown(data.train), "eval": _shown(data.eval)}),
             "evaluate": evaluate.model_copy(update={"forgetting": _shown(evaluate.forgetting)}),
             "output": _shown(self.output),
@@ -221,9 +223,10 @@ def _sentence(error: Any) -> str:
 
 def located(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with absolute paths, `output` below the current folder; RecipeError for a file that is not there."""
-    data, evaluate = recipe.data, recipe.evaluate
+    data, evaluate, method = recipe.data, recipe.evaluate, recipe.method
     found = {
         "model": _model(recipe.model, folder),
+        "method": method.model_copy(update={"calibration": _file("method.calibration", method.calibration, folder)}),
         "data": data.model_copy(
             update={"train": _file("data.train", data.train, folder), "eval": _file("data.eval", data.eval, folder)}
         ),

@@ -7,6 +7,7 @@ the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -49,7 +50,53 @@ def by_model(name: str) -> str:
     return "model"
 
 
+def module_kind(name: str) -> str:
+    """Pool: modules of one kind in all layers; a module outside the blocks has a pool of its own.
+
+    >>> module_kind("model.layers.3.mlp.up_proj.weight"), module_kind("lm_head.weight")
+    ('mlp.up_proj', 'lm_head')
+    """
+    return stem(name).removeprefix(layer(name)).removeprefix(".")
+
+
+def inside(name: str) -> str:
+    """Pool: everything inside the blocks, and everything outside.
+
+    >>> inside("model.layers.3.mlp.up_proj.weight"), inside("lm_head.weight")
+    ('inside', 'outside')
+    """
+    return "inside" if layer(name) else "outside"
+
+
 POOLS: dict[str, Callable[[str], str]] = {"tensor": by_tensor, "silo": stem, "layer": layer, "model": by_model}
+POOLS |= {"kind": module_kind, "inside": inside}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Drop and grow: the chosen units that score least by `stay` make room for the best of the others by the rule's own score.
+
+    turnover: optimizer step -> the share of the chosen units that is replaced. window: in so many steps before a selection the gradients
+    of the units most likely to be grown are added up, as many of them as are chosen; a score reads the sums as `w.window`.
+    """
+
+    stay: Score
+    turnover: Callable[[int], float]
+    window: int = 0
+
+
+def linear(start: float, steps: int | None) -> Callable[[int], float]:
+    """A share that falls evenly to 0 over the run; without its length, one that stays.
+
+    >>> [linear(0.2, 4)(step) for step in range(5)], linear(0.2, None)(7)
+    ([0.2, 0.15000000000000002, 0.1, 0.05, 0.0], 0.2)
+    """
+    return lambda step: start * (max(0.0, 1 - step / steps) if steps else 1.0)
+
+
+def cosine(start: float, steps: int | None) -> Callable[[int], float]:
+    """The same along half a cosine."""
+    return lambda step: start * (0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) if steps else 1.0)
 
 
 @dataclass(frozen=True)
@@ -61,6 +108,7 @@ class Rule:
     blocks), "linear" (the linear, Conv1D and expert weights of the blocks), a list of glob patterns of
     parameter names, or a function name -> bool. What does not take part is frozen.
     threshold: keep everything that reaches the k-th score, ties included, instead of exactly k.
+    exchange: from the second selection on, replace a share of the chosen units instead of choosing all anew.
     """
 
     score: Score
@@ -69,6 +117,7 @@ class Rule:
     pool: Callable[[str], str] = by_tensor
     targets: str | Iterable[str] | Callable[[str], bool] = "linear"
     threshold: bool = False
+    exchange: Exchange | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str) and not callable(self.targets):

@@ -126,34 +126,60 @@ def group_of(unit: Unit, name: str) -> str:
 
 
 def _choose_units(rule: Rule, members: list[Weight], k: int) -> dict[str, Selection]:
-    scores = [unit_scores(rule.score, w) for w in members]
-    tie = getattr(rule.score, "tie", None)
+    if rule.exchange is not None and members[0].turn:
+        dropped = min(round(rule.exchange.turnover(members[0].step) * k), _units(rule, members) - k)
+        stay = _top_of(members, among(rule.exchange.stay, True), k - dropped)
+        grown = _top_of(members, among(rule.score, False), dropped)
+        found = [torch.cat(pair).sort().values for pair in zip(stay, grown, strict=True)]
+    else:
+        found = _top_of(members, rule.score, k, rule.threshold)
+    return {w.name: Selection(_ids(i), w.stored[1], w.stored[0]) for w, i in zip(members, found, strict=True)}
+
+
+def among(score: Score, chosen: bool) -> Score:
+    """The same of what is chosen now, or of what is not: 0 elsewhere, and there the next larger float32, which is never 0."""
+
+    def part(w: Weight) -> Tensor:
+        s = score(w).float().contiguous()
+        return torch.where(w.chosen == chosen, (s.view(torch.int32) + 1).view(torch.float32), 0.0)
+
+    part.by_entry = getattr(score, "by_entry", False)  # type: ignore[attr-defined]
+    return part
+
+
+def _top_of(members: list[Weight], score: Score, k: int, threshold: bool = False) -> list[Tensor]:
+    """For every member the sorted ids of its units among the k best of all."""
+    scores = [unit_scores(score, w) for w in members]
+    tie = getattr(score, "tie", None)
     if members[0].cut is not None and not members[0].whole:
         seconds = (lambda: [unit_scores(tie, w) for w in members]) if tie else None
-        found = top_over_ranks(scores, k, seconds, rule.threshold)
-        return {w.name: Selection(_ids(i), w.stored[1], w.stored[0]) for w, i in zip(members, found, strict=True)}
+        return top_over_ranks(scores, k, seconds, threshold)
     second = (lambda: torch.cat([unit_scores(tie, w) for w in members])) if tie else None
     flat = scores[0] if len(scores) == 1 else torch.cat(scores)
-    index, out, start = top(flat, k, second, rule.threshold), {}, 0
-    for w, s in zip(members, scores, strict=True):
+    index, out, start = top(flat, k, second, threshold), [], 0
+    for s in scores:
         low, high = torch.searchsorted(index, torch.tensor([start, start + s.numel()], device=index.device)).tolist()
-        shape, unit = w.stored
-        out[w.name] = Selection(_ids(index[low:high] - start), unit, shape)
+        out.append(index[low:high] - start)
         start += s.numel()
     return out
 
 
 def _choose_groups(rule: Rule, members: list[Weight], k: int) -> dict[str, Selection]:
     """The score of a group is the mean over its tensors, so that a bias does not count as a second vote."""
-    groups: dict[str, list[Tensor]] = {}
-    for w in members:
-        groups.setdefault(group_of(rule.unit, w.name), []).append(unit_scores(rule.score, w))
-    flat = torch.cat([torch.stack(s).mean(0) for s in groups.values()])
-    kept = {list(groups)[i] for i in top(flat, k).tolist()}
+    names = {w.name: group_of(rule.unit, w.name) for w in members}
+    groups: dict[str, list[Tensor]] = {name: [] for name in names.values()}
+    kept, peers, device = set(groups), tuple(groups), members[0].value.device
+    members[0].forget()
+    if 0 < k < len(groups):  # else there is nothing to ask
+        for w in members:
+            w.peers = peers
+            groups[names[w.name]].append(unit_scores(rule.score, w))
+        flat = torch.cat([torch.stack(s).mean(0) for s in groups.values()])
+        kept = {peers[i] for i in top(flat, k).tolist()}
     out = {}
     for w in members:
-        whole = Selection.whole(w.stored[0], flat.device, rule.unit)
-        out[w.name] = whole if group_of(rule.unit, w.name) in kept else replace(whole, index=whole.index[:0])
+        whole = Selection.whole(w.stored[0], device, rule.unit)
+        out[w.name] = whole if k and names[w.name] in kept else replace(whole, index=whole.index[:0])
     return out
 
 
@@ -166,8 +192,7 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
     shape, unit = w.stored
     n, name = unit.count(shape), getattr(score, "__name__", type(score).__name__)
     if s.shape == w.value.shape and tuple(s.shape) != (n,):
-        grid = unit.grid((s.transpose(-1, -2) if w.transposed else s).contiguous())
-        s = (grid.sum(-1) if grid.shape[-1] != 1 else grid).flatten()
+        s = by_unit(s, w)
     elif tuple(s.shape) != (n,):
         raise ValueError(
             f"score {name!r} returned shape {tuple(s.shape)} for {w.name!r}: expected the weight's "
@@ -178,6 +203,12 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
         raise ValueError(f"score {name!r} is negative or not finite in {w.name!r}: a score is a non-negative number.")
     w.forget()
     return s
+
+
+def by_unit(x: Tensor, w: Weight) -> Tensor:
+    """The sums over the entries of every unit `[n_units]`, in storage order, of a tensor of the weight's shape."""
+    grid = w.stored[1].grid((x.transpose(-1, -2) if w.transposed else x).contiguous())
+    return (grid.sum(-1) if grid.shape[-1] != 1 else grid).flatten()
 
 
 def kth_largest(scores: Tensor, k: int) -> float:

@@ -24,12 +24,25 @@ LEVELS = (
     {"units", "kernels", "shards", "quantize", "files"},
     {"selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
-    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
+    {
+        "optim",
+        "checks",
+        "choosing",
+        "gradients",
+        "guard",
+        "moments",
+        "noise",
+        "named",
+        "state",
+        "slot",
+        "linear",
+        "window",
+    }
     | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
-    {"methods", "spelled", "assemble"},
+    {"method", "methods", "spelled", "assemble"},
     {"recipe", "embedded", "data", "answers"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
-    | {"card", "hub", "overlap", "preflight", "harness", "appraisal"},
+    | {"card", "generated", "hub", "overlap", "preflight", "harness", "appraisal"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},
