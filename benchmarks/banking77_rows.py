@@ -42,7 +42,7 @@ def run(row: str) -> dict[str, object]:
         command = [
             sys.executable,
             "-m",
-            "finetooth.cli",
+            "finetooth",
             "train",
             str(ROOT / "examples/banking77.yaml"),
             *changes,

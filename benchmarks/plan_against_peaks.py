@@ -72,7 +72,7 @@ def line(args: argparse.Namespace, folder: Path, size: str, method: str, checkpo
     file.write_text(json.dumps(recipe))  # JSON is YAML
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(
-        [sys.executable, "-m", "finetooth.cli", "plan", str(file), "--probe", "--json"],
+        [sys.executable, "-m", "finetooth", "plan", str(file), "--probe", "--json"],
         check=False,
         env=env,
         capture_output=True,

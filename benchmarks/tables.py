@@ -2,8 +2,9 @@
 
     python benchmarks/tables.py
 
-Reads steps*.csv (`steps.py`), kernels*.csv (`kernels.py`) and plan*.csv (`plan_against_peaks.py`), writes every table between its pair of marks on the page
-(`<!-- targets -->` ... `<!-- /targets -->`) and draws the plots (`plots.py`, where matplotlib is installed). Nothing is
+Reads steps*.csv (`steps.py`), kernels*.csv (`kernels.py`), plan*.csv (`plan_against_peaks.py`), delta_files*.csv (`delta_files.py`) and
+switch*.csv (`switch.py`), writes every table between its pair of marks on the page (`<!-- targets -->` ... `<!-- /targets -->`)
+and draws the plots (`plots.py`, where matplotlib is installed). Nothing is
 averaged over runs: of the runs of one setting (hardware, model, dtype, tokens) the one with the most contenders is
 shown, of equals the latest. A ratio is taken of two processes of the same round; what is shown is the median over rounds, and
 the smallest and the largest. The same rows give the same bytes.
@@ -21,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # the files of this folder import each other, however they were started
 
+from delta_tables import delta_tables, switch_table
 from plots import PLOTS, draw, drawable
 from rows import FULL, LORA, SHIRA, Group, Row, field, groups, number, read, spread, table, threads
 from targets import targets_table
@@ -143,6 +145,8 @@ def tables(results: Path) -> dict[str, str]:
         "memory": blocks(of["memory"], memory_table),
         "kernels": kernels_table(read(results, "kernels")),
         "plan": plan_table(read(results, "plan")),
+        "deltas": delta_tables(read(results, "delta_files")),
+        "switch": switch_table(read(results, "switch")),
     }
 
 

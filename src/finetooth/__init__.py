@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetooth.assemble import build
+    from finetooth.chain import compose, link
+    from finetooth.conflicting import conflicts
+    from finetooth.contrast import trim
     from finetooth.delta import Delta, DeltaError, WrongBase
     from finetooth.files import NotWritten
     from finetooth.guard import NonFiniteError
     from finetooth.hf import SelectiveCallback
+    from finetooth.merging import merge
     from finetooth.method import Method
     from finetooth.methods import METHODS
     from finetooth.named import FrozenMoved
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from finetooth.rule import Rule
     from finetooth.saved import last_good, saving, seal
     from finetooth.selection import Selection, select
+    from finetooth.switch import DeltaSwitch
     from finetooth.units import Unit
     from finetooth.weight import Weight
 
@@ -34,6 +39,7 @@ _HOMES = {
     "METHODS": "methods",
     "Delta": "delta",
     "DeltaError": "delta",
+    "DeltaSwitch": "switch",
     "FrozenMoved": "named",
     "Method": "method",
     "NonFiniteError": "guard",
@@ -47,16 +53,22 @@ _HOMES = {
     "Weight": "weight",
     "WrongBase": "delta",
     "build": "assemble",
+    "compose": "chain",
+    "conflicts": "conflicting",
     "last_good": "saved",
+    "link": "chain",
+    "merge": "merging",
     "saving": "saved",
     "seal": "saved",
     "select": "selection",
+    "trim": "contrast",
 }
 
 __all__ = [
     "METHODS",
     "Delta",
     "DeltaError",
+    "DeltaSwitch",
     "FrozenMoved",
     "Method",
     "NonFiniteError",
@@ -71,10 +83,15 @@ __all__ = [
     "WrongBase",
     "__version__",
     "build",
+    "compose",
+    "conflicts",
     "last_good",
+    "link",
+    "merge",
     "saving",
     "seal",
     "select",
+    "trim",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +14,12 @@ from finetooth import shards
 from finetooth.anatomy import Part, Targets, matching, survey
 from finetooth.base import open_base
 from finetooth.checks import check_choice, check_together
+from finetooth.exclude import excluded
 from finetooth.gradients import remove_gradients
 from finetooth.method import Method
 from finetooth.methods import METHODS
+from finetooth.moves import Given
+from finetooth.nearest import hint
 from finetooth.noise import remove_noise
 from finetooth.optim import SelectiveAdamW
 from finetooth.probe import calibrate
@@ -47,6 +50,7 @@ def build(
     rounding: Literal["auto", "stochastic", "nearest"] = "auto",
     calibration: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
     base: Any = None,
+    exclude: Given | Iterable[Given] | None = None,
     **overrides: Any,
 ) -> SelectiveAdamW:
     """Make the optimizer of a named method, or of your own score, for a model.
@@ -62,6 +66,8 @@ def build(
         base: folder, hub id or state dict of the pretrained values. Rows that train whole tensors read it when a delta
             is extracted, and check that it is what the model was at the start. Default: for those rows, the folder
             that transformers loaded the model from.
+        exclude: deltas, or files of them, whose entries must not train: a unit that holds one is never chosen, at any
+            step, so that the new delta can be merged with them without a conflict. Not for `full`.
         overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
             (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho; lift: rank; badam: order; rows: rows), or betas, eps, decay_to, stop_after,
             kernels, moments. Choices may be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model",
@@ -89,6 +95,7 @@ def build(
             rounding=rounding,
             calibration=calibration,
             base=base,
+            exclude=exclude,
             **overrides,
         )
     )
@@ -103,6 +110,7 @@ def arranged(
     gradients: str = "auto",
     calibration: Iterable[Mapping[str, Tensor] | Tensor] | None = None,
     base: Any = None,
+    exclude: Given | Iterable[Given] | None = None,
     **given: Any,
 ) -> dict[str, Any]:
     """The arguments of `SelectiveAdamW` that `build` makes of its own; calibration happens here.
@@ -112,9 +120,12 @@ def arranged(
     shards.reshard(model)
     row, plain = row_named(method), {name: value for name, value in given.items() if name in _PLAIN}
     overrides = {name: value for name, value in given.items() if name not in _PLAIN}
-    _check_names(row, overrides, _OPTIMIZER)
+    _check_names(row, overrides, _OPTIMIZER, inspect.signature(build).parameters)
     check_choice("gradients", gradients)
+    _check_exclude(row, exclude)
     row, rule = _configured(row, survey(model), keep, targets, overrides)
+    if exclude is not None and rule is not None:
+        rule = replace(rule, exclude=excluded(exclude, model))
     stats = None
     if row.calibration and (calibration is not None or row.calibration != ("grad",)):
         if calibration is None:
@@ -163,13 +174,18 @@ def check_options(
     options: Mapping[str, Any],
     keep: float | int | Mapping[str, float | int] | None = None,
     targets: Targets | None = None,
+    exclude: Given | Iterable[Given] | None = None,
+    named: Iterable[str] = (),
+    place: str = "",
 ) -> None:
     """Raise ValueError for an unknown method, option or value, and for choices that contradict each other.
 
-    It says before a model is loaded what `build` would say after.
+    It says before a model is loaded what `build` would say after. named: other keys beside `options`, and place: what stands
+    before them, for the error.
     """
     row = row_named(method)
-    _check_names(row, options, ())
+    _check_names(row, options, (), named, place)
+    _check_exclude(row, exclude)
     row, rule = _configured(row, None, keep, targets, options)
     check_choice("state", row.state)
     check_choice("mask", row.mask)
@@ -184,19 +200,29 @@ def row_named(method: str | Score | Method) -> Method:
         name = getattr(method, "__name__", "own")
         return Method(name, "A user's own score.", "", Rule(method))
     if method not in METHODS:
-        near = difflib.get_close_matches(str(method), METHODS, 1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"method {method!r} is unknown.{hint} There are: {', '.join(METHODS)}.")
+        raise ValueError(f"method {method!r} is unknown.{hint(method, METHODS)} There are: {', '.join(METHODS)}.")
     return METHODS[method]
 
 
-def _check_names(row: Method, overrides: Mapping[str, Any], more: tuple[str, ...]) -> None:
+def _check_names(
+    row: Method, overrides: Mapping[str, Any], more: Iterable[str], named: Iterable[str] = (), place: str = ""
+) -> None:
+    """named: what may also be given, by a door of its own."""
     known = [*_RULE, *_ROW, *more, *row.options]
     for name in overrides:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{name!r} is not an option of {row.name!r}.{hint} There are: {', '.join(known)}.")
+            near = hint(name, [*known, *named])
+            raise ValueError(
+                f"{place}{name}: this is not an option of {row.name!r}.{near} There are: {', '.join(known)}."
+            )
+
+
+def _check_exclude(row: Method, exclude: object) -> None:
+    if exclude is not None and row.rule is None:
+        raise ValueError(
+            f"exclude= has no meaning for {row.name!r}, which trains every weight that takes part. To train all but what another "
+            "delta changes, choose 'random' with keep=1.0 and targets='all'."
+        )
 
 
 def _configured(
@@ -230,10 +256,31 @@ def _own_options(row: Method, overrides: Mapping[str, Any]) -> dict[str, Any]:
     if row.configure is None:
         return {}
     own = {**row.options, **{k: v for k, v in overrides.items() if k in row.options}}
+    for name, default in row.options.items():
+        _check_like(name, own[name], default)
     try:
         return row.configure(**own)
     except TypeError as error:
         raise ValueError(f"the options of {row.name!r} are {own}: {error}.") from error
+
+
+def _check_like(name: str, given: Any, default: Any) -> None:
+    """ValueError unless an option is of the kind that its default is: true or false, a text, a whole number, or a number.
+
+    One without a default is checked by the row.
+    """
+    if default is None:
+        return
+    if isinstance(default, str):
+        good, kind = isinstance(given, str), "a text"
+    elif isinstance(default, bool):
+        good, kind = isinstance(given, bool), "true or false"
+    else:
+        number = (int,) if isinstance(default, int) else (int, float)
+        good = isinstance(given, number) and not isinstance(given, bool)
+        kind = "a whole number" if isinstance(default, int) else "a number"
+    if not good:
+        raise ValueError(f"{name}={given!r}: expected {kind}.")
 
 
 def _everything(w: Any) -> Tensor:

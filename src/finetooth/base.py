@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from finetooth import shards
-from finetooth.checkpoint import HUB_ID, names_in, open_file, resolve
+from finetooth.checkpoint import HUB_ID, Span, fill, layout, names_in, resolve
 from finetooth.checkpoint import shards as files_of
 from finetooth.selection import Selection
 from finetooth.units import Unit
@@ -157,42 +157,50 @@ class Trained(Base):
 
 
 class Files(Base):
-    """A checkpoint in safetensors: one file or shards. Headers are read at once, tensors when asked for."""
+    """A checkpoint in safetensors: one file or shards. Tensors are read when asked for, each into memory of its own."""
 
     def __init__(self, where: dict[str, Path], id: str | None, revision: str | None):
         self.where, self.id, self.revision = where, id, revision
-        self._open: dict[Path, Any] = {}
+        self._spans: dict[Path, dict[str, Span]] = {}
 
     def names(self) -> list[str]:
         return list(self.where)
 
     def tensor(self, name: str) -> Tensor:
-        with self._file(self.where[name]) as f:
-            found: Tensor = f.get_tensor(name)
-            return found
+        span, dtype = self._span(name)
+        data = torch.empty(span.nbytes, dtype=torch.uint8)
+        with self.where[name].open("rb", buffering=0) as f:
+            f.seek(span.begin)
+            if not fill(f, data.numpy()):
+                raise ValueError(f"{self.where[name]} is not a whole safetensors file: it ends within '{name}'.")
+        return data.view(dtype).reshape(span.shape)
 
     def shape_dtype(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        with self._file(self.where[name]) as f:
-            part = f.get_slice(name)
-            code = part.get_dtype()
-            if code not in DTYPES:
-                raise ValueError(f"'{name}' has dtype {code}: weights are one of {', '.join(DTYPES)}.")
-            return tuple(part.get_shape()), DTYPES[code]
+        span, dtype = self._span(name)
+        return span.shape, dtype
 
     @contextmanager
     def opened(self) -> Iterator[Base]:
-        if self._open:
+        if self._spans:
             yield self
             return
         try:
-            self._open = {path: open_file(path) for path in dict.fromkeys(self.where.values())}
+            self._spans = {path: _spans(path) for path in dict.fromkeys(self.where.values())}
             yield self
         finally:
-            self._open = {}
+            self._spans = {}
 
-    @contextmanager
-    def _file(self, path: Path) -> Iterator[Any]:
-        yield self._open.get(path) or open_file(path)
+    def _span(self, name: str) -> tuple[Span, torch.dtype]:
+        path = self.where[name]
+        span = (self._spans.get(path) or _spans(path))[name]
+        if span.dtype not in DTYPES:
+            raise ValueError(f"'{name}' has dtype {span.dtype}: weights are one of {', '.join(DTYPES)}.")
+        return span, DTYPES[span.dtype]
+
+
+def _spans(path: Path) -> dict[str, Span]:
+    with path.open("rb", buffering=0) as f:
+        return layout(path, f)[0]
 
 
 def open_base(source: Any) -> Base:

@@ -6,6 +6,7 @@ error here, because nobody notices an ignored option until the results are in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from finetooth import shards
 from finetooth.anatomy import Part
 from finetooth.gradients import ROUTES
+from finetooth.nearest import hint
 from finetooth.rest import Rest
 from finetooth.rule import Rule, by_tensor, layer, stem
 from finetooth.when import When, once
@@ -48,21 +50,44 @@ def check_named(named_parameters: Iterable[Any]) -> dict[str, Tensor]:
 def check_rates(**given: Any) -> None:
     """Learning rate, betas, eps, decay and norm."""
     lr, betas, norm = given["lr"], given["betas"], given["max_grad_norm"]
-    if not lr >= 0:
-        raise ValueError(f"lr={lr} is out of range: give a number >= 0.")
+    if not 0 <= lr < math.inf:
+        raise ValueError(f"lr={lr} is out of range: give a finite number >= 0.")
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas={betas} are out of range: give two numbers in [0, 1).")
     for name in ("eps", "weight_decay"):
-        if not given[name] >= 0:
-            raise ValueError(f"{name}={given[name]} is out of range: give a number >= 0.")
+        if not 0 <= given[name] < math.inf:
+            raise ValueError(f"{name}={given[name]} is out of range: give a finite number >= 0.")
     if norm is not None and not norm >= 0:
         raise ValueError(f"max_grad_norm={norm} is out of range: give a number > 0, or None for no clipping.")
+
+
+def check_live_rates(groups: Iterable[Mapping[str, Any]]) -> None:
+    """The learning rates of this step, which a schedule may have set."""
+    for group in groups:
+        if not 0 <= float(group["lr"]) < math.inf:
+            raise ValueError(f"lr={float(group['lr'])} at this step: a schedule has set it, and nothing was written.")
+
+
+def check_finite(weights: Mapping[str, Tensor], sharded: bool = False) -> None:
+    """Weights that are no numbers, on any rank: what they make of the loss would be blamed on the data."""
+    held = {n: shards.local(p) for n, p in weights.items()}
+    floats = {n: p for n, p in held.items() if p.is_floating_point() and p.element_size() > 1 and not p.is_meta}
+    bad = [int((~torch.isfinite(p)).sum()) for p in floats.values()]
+    if sharded and bad:
+        bad = shards.counts(bad, next(iter(floats.values())).device).sum(0).tolist()
+    for name, n in zip(floats, bad, strict=True):
+        if n:
+            raise ValueError(
+                f"the weight {name!r} has {n} entries that are not finite before any training: the base is damaged, or its "
+                "numbers do not fit its precision. Load it again, or in float32 or bfloat16."
+            )
 
 
 def check_choice(name: str, given: str) -> None:
     """One word of `CHOICES`."""
     if given not in CHOICES[name]:
-        raise ValueError(f"{name}={given!r} is unknown: choose one of {', '.join(CHOICES[name])}.")
+        near = hint(given, CHOICES[name])
+        raise ValueError(f"{name}={given!r} is unknown: choose one of {', '.join(CHOICES[name])}.{near}")
 
 
 def check_together(rule: Rule | None, when: When, rest: Rest, state: str, mask: str) -> None:
@@ -74,6 +99,10 @@ def check_together(rule: Rule | None, when: When, rest: Rest, state: str, mask: 
         raise ValueError(f"rest={kind}(...) needs a selection made once, with compact state.")
     if rule is None:
         return
+    if rule.exclude and kind == "quantized":
+        raise ValueError(
+            "rest=quantized(...) rewrites what does not train, and so what exclude= is to leave alone: choose frozen."
+        )
     if rule.keep == 0:
         raise ValueError("keep=0 selects nothing: nothing would train.")
     if isinstance(rule.keep, float) and rule.keep < 1 and rule.pool in ONE_UNIT.get(rule.unit.kind, ()):
@@ -117,6 +146,14 @@ def check_parts(rule: Rule | None, rest: Rest, parts: Iterable[Part], classes_kn
                 f"rest={rest.kind}(...) acts on linear layers, and {part.name!r} is of kind {part.kind}: "
                 "choose targets='dense-linear'."
             )
+
+
+def check_excluded(rule: Rule | None, known: Mapping[str, Tensor]) -> None:
+    """Excluded entries of tensors that are not there, or that do not have them."""
+    for name, entries in rule.exclude.items() if rule is not None else ():
+        n = known[name].numel() if name in known else 0
+        if name not in known or (entries.numel() and not 0 <= int(entries.min()) <= int(entries.max()) < n):
+            raise ValueError(f"exclude names entries of {name!r} that this model does not have: {n} are there.")
 
 
 def check_shards(trained: Mapping[str, Tensor], moments: str) -> None:

@@ -12,7 +12,8 @@ How a step then updates what was chosen is in `optim.py`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from finetooth import pieces, shards
 from finetooth.anatomy import Part
-from finetooth.checks import check_shards
-from finetooth.gradients import Follow, Gradients, LeftByDDP, averaged, remove_gradients, take_out
+from finetooth.checks import check_finite, check_shards
+from finetooth.gradients import Follow, Gradients, LeftByDDP, remove_gradients, take_out
 from finetooth.kernels import reference
 from finetooth.linear import Chosen, structured
 from finetooth.noise import Noise, remove_noise
@@ -66,10 +67,9 @@ class ChoosingOptimizer(SavedOptimizer):
 
     @torch.no_grad()
     def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._attached: dict[
-            str, Any
-        ] = {}  # what is in the model for as long as the optimizer lives; each can `remove`
+        self._attached = dict[str, Any]()  # what is in the model for as long as the optimizer lives; each can `remove`
         weakref.finalize(self, take_out, self._attached)
+        self._check_weights()
         if self._model is not None:
             remove_noise(self._model)  # of an earlier optimizer
             remove_gradients(self._model)
@@ -108,6 +108,10 @@ class ChoosingOptimizer(SavedOptimizer):
         self._take_prints()
         if self._to_base and not self._knows_bases():
             raise ValueError('decay_to="base" needs the pretrained values of what trains: give base=.')
+
+    def _check_weights(self) -> None:
+        known = {n: p for n, p in [*self._parameters().items(), *self._others.items()] if p is not None}
+        check_finite(known, bool(self._cuts))
 
     def _live(self) -> dict[str, Tensor]:
         self._adopt()
@@ -163,7 +167,10 @@ class ChoosingOptimizer(SavedOptimizer):
         self._count_chosen()
         self._turns, self._made_for = self._turns + 1, self.steps
         if not self._selected():
-            raise ValueError(f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.")
+            why = " Every unit holds an excluded entry: choose a smaller unit." if self.rule.exclude else ""
+            raise ValueError(
+                f"keep={self.rule.keep} selects nothing in {len(found)} tensors: nothing would train.{why}"
+            )
         self._settle()
         self._gather()
 
@@ -225,14 +232,6 @@ class ChoosingOptimizer(SavedOptimizer):
         """Whether the present step makes a selection."""
         return self.rule is not None and self.when(self.steps) and not (self._compact and self._made_for == self.steps)
 
-    def _averaged(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same over all ranks, of tensors that DDP was told to leave; every rank must take part for every tensor."""
-        live, routed = self._parameters(), self._gradients
-        names = list(self._ours)
-        if routed is not None:
-            names = [n for n in names or routed.chosen if routed.paused or n not in routed.chosen]
-        return dense if self._cuts else averaged(dense, {n: live[n] for n in names})
-
     # -- what a step asks -------------------------------------------------------------------------
 
     def _selected(self) -> bool:
@@ -245,6 +244,16 @@ class ChoosingOptimizer(SavedOptimizer):
         base = self._pretrained(name)
         assert base is not None  # _start has asked
         return base.float()
+
+    @contextmanager
+    def _kept(self, live: Mapping[str, Tensor]) -> Iterator[None]:
+        """What is excluded has its values again after the block: where gradients are masked, decay moves every weight."""
+        exclude = self.rule.exclude if self.rule is not None else {}
+        places = {n: exclude[n].to(p.device, torch.int64) for n, p in live.items() if n in exclude}
+        aside = {n: live[n].detach().view(-1)[at] for n, at in places.items()}
+        yield
+        for n, values in aside.items():
+            live[n].detach().view(-1)[places[n]] = values
 
     def _how(self, name: str) -> Rounding:
         """How this step writes a tensor of low precision: from a master to nearest, else as asked, or without bias."""
@@ -278,7 +287,7 @@ class ChoosingOptimizer(SavedOptimizer):
             stats=stats,
             squares=(lambda: turn(stats["grad_square"])) if stats and "grad_square" in stats else None,
             window=(lambda: turn(slot.seen_window(p))) if slot.window is not None else None,
-            chosen=None if slot.selection is None else partial(_masked, slot.selection, turn),
+            chosen=None if slot.selection is None else lambda s=slot.selection: turn(s.mask()),  # type: ignore[misc]
             seed=self.seed,
             step=self.steps,
             turn=self._turns,
@@ -317,6 +326,7 @@ class ChoosingOptimizer(SavedOptimizer):
             "rest": f"{rest.kind}({rest.bits}, {rest.zero_moments})",
             "rounding": self._rounding,
             "moments": self._moments,
+            "exclude": None if rule is None else rule.excluded(),
         }
 
     def _extra_state(self) -> dict[str, Any]:
@@ -336,7 +346,3 @@ def _read(lazy: Lazy) -> Tensor:
     found = lazy() if callable(lazy) and not isinstance(lazy, Tensor) else lazy
     assert isinstance(found, Tensor)
     return found
-
-
-def _masked(selection: Selection, turn: Callable[[Tensor], Tensor]) -> Tensor:
-    return turn(selection.mask())

@@ -1,40 +1,42 @@
-"""The delta's file format: between changes in memory and one safetensors file. `docs/format.md` is the contract.
+"""The delta's file format, writing: between changes in memory and one safetensors file. `docs/format.md` is the contract.
 
 Encoding is deterministic: the same delta gives the same bytes, so a file can be compared, hashed and pinned.
 That is why the file is laid out here (the header's order included) and not by safetensors' writer, which
-orders metadata by a hash that changes from call to call. Reading goes through safetensors, whose checks of
-the header we want.
+orders metadata by a hash that changes from call to call. Reading is in `archive.py`.
 
-`decode` believes nothing: everything that the metadata says is checked against the tensors before a `Change`
-is built, and whatever is wrong is a `DeltaError`. What a file alone cannot prove (that the base is the right
-one, that the result is the promised one) is checked when the delta is applied.
-
-Reserved, refused by name until they exist: other codings of indices (gaps) and values (against the base).
+The header says how long every stream is, and it comes first. So `Writer` takes one tensor after another, keeps their
+streams in an unnamed file beside the one to be written, and puts the header and the streams together at the end: a delta can be
+written that is nowhere in memory. Every tensor gets its smallest coding (`coding.py`); with `plain=True` all are plain,
+and the file is one of version 1.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import re
 import struct
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from finetooth.base import DTYPES, dtype_name, raw
+from finetooth import coding
+from finetooth.base import bits, dtype_name, fingerprint, raw
+from finetooth.files import room, whole
 from finetooth.selection import Selection
 from finetooth.units import Unit
 
 FORMAT = "finetooth-delta"
-VERSION = 1
-_KEYS = ("format", "version", "library", "base", "method", "recipe", "tensors", "tied")
-_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
-_WHOLE_NUMBERS = {torch.int32: "I32", torch.int64: "I64"}
+VERSION = 2
+_BLOCK = 1 << 16
+_STREAMS = {"gap8": "U8", "gap16": "U16", "bitmap": "U8"}
+_SIZES = {"U8": 1, "U16": 2}
+_LONGEST_NAME = 1024
 
 
 class DeltaError(ValueError):
@@ -43,24 +45,57 @@ class DeltaError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Change:
-    """What happened to one tensor: the chosen units and their new values."""
+    """What happened to one tensor: the chosen units and their new values.
+
+    Of a loaded delta, `selection` and `values` are read from the file when they are asked for, and kept as long as
+    this object. `values` is a DeltaError where the file has them coded against the base: `new` gives them there.
+    """
 
     selection: Selection
     values: Tensor = field(repr=False)  # [k, unit_numel] in the weight's dtype
     changed: int  # entries under the units whose bits differ from the base's
     fingerprint: str  # of the tensor before
     result: str  # of the tensor after
+    replaced: str | None = None  # fingerprint of the values [k, unit_numel] before, where they were known
+    written: str | None = None  # likewise of the new ones
+
+    @property
+    def kind(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the tensor."""
+        return self.selection.shape, self.values.dtype
+
+    @property
+    def unit(self) -> Unit:
+        return self.selection.unit
+
+    @property
+    def coded(self) -> tuple[str, Any] | None:
+        """Coding and stream of values that are stored as steps from the base; None where they are not."""
+        return None
+
+    def new(self, old: Tensor) -> Tensor:
+        """The new values; `old` are those that the base has under the units, [k, unit_numel]."""
+        return self.values
+
+    def fetch(self) -> None:
+        """Read what has to be read, so that it is not read beside something else in memory."""
+
+    def back(self, old: Tensor) -> Change:
+        """The change that takes this one off, in memory."""
+        return Change(self.selection, old, self.changed, self.result, self.fingerprint, self.written, self.replaced)
 
 
 @dataclass(frozen=True)
 class Origin:
     """What a delta belongs to. `weights` is how many the whole base has; `tuned` marks an inverse, whose base
-    is the tuned model."""
+    is the tuned model; `after` has the fingerprints of tensors that earlier deltas of a chain changed and this one
+    does not."""
 
     id: str | None = None
     revision: str | None = None
     weights: int | None = None
     tuned: bool = False
+    after: Mapping[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         name = self.id or "a base without a name"
@@ -79,61 +114,199 @@ class Parts:
     library: str
 
 
-def encode(parts: Parts) -> tuple[bytes, list[Tensor]]:
-    """The head of the file (its length, then the header) and the tensors that follow, in order."""
-    tensors: dict[str, Tensor] = {}
-    for name, change in parts.changes.items():
-        require_finite(name, change.values)
-        tensors[f"index:{name}"] = change.selection.index
-        tensors[f"values:{name}"] = change.values
-    # Widest entries first, as safetensors itself does, so that every tensor is aligned to its entries.
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))
-    header: dict[str, Any] = {"__metadata__": _metadata(parts)}
-    at = 0
-    for key in order:
-        t = tensors[key]
-        size = t.numel() * t.element_size()
-        header[key] = {"dtype": dtype_name(t.dtype), "shape": list(t.shape), "data_offsets": [at, at + size]}
-        at += size
-    text = _dumps(header).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text, [tensors[key] for key in order]
+@dataclass(frozen=True)
+class Stream:
+    """One tensor of the file: safetensors' name of its dtype, its shape, and its bytes."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: Any = field(repr=False)
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * self.width
 
 
-def write(parts: Parts, path: Path) -> None:
-    head, tensors = encode(parts)
-    with path.open("xb") as f:
-        f.write(head)
-        for t in tensors:
-            f.write(raw(t))
+def encode(
+    name: str, change: Change, old: Tensor | None = None, plain: bool = False
+) -> tuple[dict[str, Any], list[Stream]]:
+    """A tensor's entry in the metadata, and its streams of ids and values.
 
-
-def _metadata(parts: Parts) -> dict[str, str]:
-    tensors = {name: _entry(change) for name, change in parts.changes.items()}
-    return {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "library": parts.library,
-        "base": _dumps(asdict(parts.base)),
-        "method": _dumps(parts.method),
-        "recipe": _dumps(parts.recipe),
-        "tensors": _dumps(tensors),
-        "tied": _dumps(dict(parts.tied)),
-    }
-
-
-def _entry(change: Change) -> dict[str, Any]:
+    With `old`, the values that the base has there, the new ones are coded against them where that is smaller. DeltaError
+    if a new value is not finite, or values that are coded against a base shall be plain.
+    """
+    require_name(name)
     selection = change.selection
-    return {
-        "shape": list(selection.shape),
-        "dtype": dtype_name(change.values.dtype),
+    units = selection.unit.count(selection.shape)
+    ids = selection.index.cpu().numpy()
+    how, stream = ("plain", ids) if plain else coding.encode_index(ids, units)
+    code = _STREAMS.get(how) or dtype_name(selection.index.dtype)
+    index = Stream(code, (stream.size,), np.ascontiguousarray(stream).view(np.uint8).data, stream.itemsize)
+    value_coding, values = _values(name, change, old, plain)
+    (shape, dtype), prints = change.kind, {"replaced": change.replaced, "written": change.written}
+    entry = {
+        "shape": list(shape),
+        "dtype": dtype_name(dtype),
         "unit": {"kind": selection.unit.kind, "size": selection.unit.size},
         "count": len(selection),
         "changed": change.changed,
         "fingerprint": change.fingerprint,
         "result": change.result,
-        "index_coding": "plain",
-        "value_coding": "plain",
+        "index_coding": how,
+        "value_coding": value_coding,
+        **{key: text for key, text in prints.items() if text is not None},
+    }
+    return entry, [index, values]
+
+
+def _values(name: str, change: Change, old: Tensor | None, plain: bool) -> tuple[str, Stream]:
+    coded = change.coded if old is None else None
+    if coded is not None:
+        if plain:
+            raise DeltaError(f"the values of '{name}' are coded against the base: give the base.")
+        return coded[0], Stream("U8", (coded[1].size,), coded[1].data, 1)
+    values = change.values if old is None else change.new(old)
+    require_finite(name, values)
+    found = None if old is None or plain else coding.encode_steps(_steps(old, values))
+    if found is not None:
+        return found[0], Stream("U8", (found[1].size,), found[1].data, 1)
+    return "plain", Stream(dtype_name(values.dtype), tuple(values.shape), raw(values), values.element_size())
+
+
+def patterns(values: Tensor) -> Any:
+    """Bit patterns as a flat numpy array of unsigned integers."""
+    flat = bits(values.detach().cpu().contiguous().reshape(-1)).numpy()
+    return flat.view(np.dtype(f"u{flat.itemsize}"))
+
+
+def _steps(old: Tensor, new: Tensor) -> Any:
+    return coding.steps(patterns(old), patterns(new), new.dtype.is_floating_point)
+
+
+def require_name(name: str) -> None:
+    """Raise unless a name can be shown as it is: what a terminal obeys or hides is no part of a parameter's name."""
+    if not 0 < len(name) <= _LONGEST_NAME or not name.isprintable():
+        raise DeltaError(f"a tensor is called {ascii(name)[:99]}: expected 1 to {_LONGEST_NAME} printable characters.")
+
+
+def require_finite(name: str, values: Tensor) -> None:
+    """Raise if a new value is an infinity or not a number."""
+    if not values.dtype.is_floating_point:
+        return
+    flat = values.reshape(-1)
+    for at in range(0, flat.numel(), _BLOCK):
+        part = flat[at : at + _BLOCK]
+        numbers = part.float() if part.element_size() == 1 else part  # torch has no isfinite for 8-bit floats
+        if not bool(torch.isfinite(numbers).all()):
+            raise DeltaError(
+                f"'{name}' has new values that are not finite: such a model is broken, a delta refuses it."
+            )
+
+
+class Writer:
+    """Takes the changes of a delta one by one and makes the file of them. Use `writer`."""
+
+    def __init__(self, spool: BinaryIO, plain: bool = False):
+        self.spool, self.plain = spool, plain
+        self.entries: dict[str, Any] = {}
+        self.streams: dict[str, tuple[Stream, int]] = {}  # without the bytes, and where they are in the spool
+
+    def add(self, name: str, change: Change, old: Tensor | None = None) -> None:
+        """Keep one tensor's change; `old` as in `encode`."""
+        if old is not None and None in (change.replaced, change.written):
+            new = change.new(old)
+            change = replace(change, values=new, replaced=fingerprint(old), written=fingerprint(new))
+        self.entries[name], streams = encode(name, change, old, self.plain)
+        for kind, stream in zip(("index", "values"), streams, strict=True):
+            self.streams[f"{kind}:{name}"] = replace(stream, data=None), self.spool.tell()
+            self.spool.write(stream.data)
+
+    def finish(self, parts: Parts, path: Path) -> None:
+        """Write the file. Of `parts` everything but the changes is taken, and of those the order."""
+        entries = {name: self.entries[name] for name in parts.changes}
+        head, order = header(parts, entries, {key: stream for key, (stream, _) in self.streams.items()})
+        with path.open("wb") as f:
+            f.write(head)
+            for key in order:
+                stream, at = self.streams[key]
+                self.spool.seek(at)
+                for left in range(stream.nbytes, 0, -_BLOCK):
+                    f.write(self.spool.read(min(left, _BLOCK)))
+
+
+@contextmanager
+def writer(path: Path, plain: bool = False) -> Iterator[Writer]:
+    """A `Writer` whose spool lies where `path` will, without a name."""
+    with tempfile.TemporaryFile(dir=path.parent) as spool:
+        yield Writer(spool, plain)
+
+
+@contextmanager
+def kept(path: Path | None) -> Iterator[tuple[Callable[[str, Change], None], Callable[[Parts], None]]]:
+    """What takes the changes of a file one by one, and what makes the file of them; without a path, both do nothing."""
+    if path is None:
+        yield lambda name, change: None, lambda parts: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writer(path) as out:
+
+        def add(name: str, change: Change) -> None:
+            with room(path):
+                out.add(name, change)
+
+        def finish(parts: Parts) -> None:
+            with whole(path) as temp:
+                out.finish(parts, temp)
+
+        yield add, finish
+
+
+def write(parts: Parts, path: Path, old: Callable[[str, Change], Tensor] | None = None, plain: bool = False) -> None:
+    """Write a file, tensor by tensor. `old` gives the base's values under a change: new ones are coded against them."""
+    with writer(path, plain) as out:
+        for name, change in parts.changes.items():
+            out.add(name, change, None if old is None else old(name, change))
+        out.finish(parts, path)
+
+
+def size(parts: Parts) -> int:
+    """Bytes of the file that `write` makes."""
+    entries, streams = dict[str, Any](), dict[str, Stream]()
+    for name, change in parts.changes.items():
+        entries[name], pair = encode(name, change)
+        streams |= {f"{kind}:{name}": replace(s, data=None) for kind, s in zip(("index", "values"), pair, strict=True)}
+    return len(header(parts, entries, streams)[0]) + sum(s.nbytes for s in streams.values())
+
+
+def header(parts: Parts, entries: dict[str, Any], streams: Mapping[str, Stream]) -> tuple[bytes, list[str]]:
+    """The head of the file (its length, then the header), and the order in which the streams follow."""
+    # Widest entries first, as safetensors itself does, so that every tensor is aligned to its entries.
+    order = sorted(streams, key=lambda key: (-streams[key].width, key))
+    table: dict[str, Any] = {"__metadata__": _metadata(parts, entries)}
+    at = 0
+    for key in order:
+        s = streams[key]
+        table[key] = {"dtype": s.dtype, "shape": list(s.shape), "data_offsets": [at, at + s.nbytes]}
+        at += s.nbytes
+    text = _dumps(table).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text, order
+
+
+def _metadata(parts: Parts, entries: dict[str, Any]) -> dict[str, str]:
+    for alias in parts.tied:
+        require_name(alias)
+    plain = all(e["index_coding"] == e["value_coding"] == "plain" for e in entries.values())
+    return {
+        "format": FORMAT,
+        "version": "1" if plain else str(VERSION),
+        "library": parts.library,
+        "base": _dumps({k: v for k, v in asdict(parts.base).items() if k != "after" or v}),
+        "method": _dumps(parts.method),
+        "recipe": _dumps(parts.recipe),
+        "tensors": _dumps(entries),
+        "tied": _dumps(dict(parts.tied)),
     }
 
 
@@ -142,175 +315,3 @@ def _dumps(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise DeltaError(f"the recipe of a delta is JSON, and this one is not: {e}.") from e
-
-
-def read(path: Path) -> Parts:
-    """Read and check a file; anything wrong with it is a DeltaError that names the file."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no delta file at {path}.")
-    try:
-        with safe_open(str(path), framework="pt") as f:
-            metadata = f.metadata() or {}
-            check_format(metadata)
-            # A copy: the file may be replaced or cut short while the delta is in use.
-            keys: list[str] = f.keys()
-            return decode(metadata, {key: f.get_tensor(key).clone() for key in keys})
-    except DeltaError as e:
-        raise DeltaError(f"{path.name}: {e}") from e
-    except (SafetensorError, OSError, KeyError, AttributeError, RuntimeError) as e:
-        raise DeltaError(f"{path.name} is not a whole safetensors file: {e}") from e
-
-
-def check_format(metadata: Mapping[str, str]) -> None:
-    """Raise unless the metadata is that of a delta that this library reads."""
-    if metadata.get("format") != FORMAT:
-        raise DeltaError(f"not a Finetooth delta: format is {metadata.get('format')!r}, expected {FORMAT!r}.")
-    version = metadata.get("version", "")
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", version):
-        raise DeltaError(f"version is {version!r}: expected a whole number.")
-    if int(version) > VERSION:
-        raise DeltaError(f"format version {version} is newer than this library reads ({VERSION}): upgrade finetooth.")
-    missing = [key for key in _KEYS if key not in metadata]
-    if missing:
-        raise DeltaError(f"the metadata has no {', '.join(missing)}.")
-
-
-def decode(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Parts:
-    """Check metadata (after `check_format`) and tensors against each other and build what they say."""
-    entries = _table(metadata, "tensors")
-    expected = {f"{kind}:{name}" for name in entries for kind in ("index", "values")}
-    for what, keys in (
-        ("lacks", expected - set(tensors)),
-        ("has, beyond what its metadata lists,", set(tensors) - expected),
-    ):
-        if keys:
-            raise DeltaError(
-                f"the file {what} {min(keys)!r}" + (f" and {len(keys) - 1} more." if len(keys) > 1 else ".")
-            )
-    changes = {n: _change(n, e, tensors[f"index:{n}"], tensors[f"values:{n}"]) for n, e in entries.items()}
-    method = _json(metadata, "method")
-    if method is not None and not isinstance(method, str):
-        raise DeltaError(f"method is {method!r}: expected a name or null.")
-    recipe = _json(metadata, "recipe")
-    return Parts(changes, _tied(metadata, changes), _origin(metadata), method, recipe, metadata["library"])
-
-
-def _change(name: str, entry: Any, index: Tensor, values: Tensor) -> Change:
-    if not isinstance(entry, dict):
-        raise DeltaError(f"the entry of '{name}' is not a table.")
-    for kind in ("index_coding", "value_coding"):
-        if entry.get(kind) != "plain":
-            raise DeltaError(f"'{name}' has {kind} {entry.get(kind)!r}: this library reads 'plain'. Upgrade finetooth?")
-    shape, dtype, unit = _shape(name, entry), _dtype(name, entry), _unit(name, entry)
-    try:
-        units, width = unit.count(shape), unit.numel(shape)
-    except ValueError as e:
-        raise DeltaError(f"'{name}': {e}") from e
-    count = _number(name, entry, "count", 1, units)
-    _check_index(name, index, count, units)
-    if values.dtype != dtype or tuple(values.shape) != (count, width):
-        found = f"{values.dtype} {tuple(values.shape)}"
-        raise DeltaError(f"the values of '{name}' are {found}: expected {dtype} {(count, width)}.")
-    require_finite(name, values)
-    changed = _number(name, entry, "changed", 1, count * width)
-    prints = [entry.get(key) for key in ("fingerprint", "result")]
-    if not all(isinstance(p, str) and _FINGERPRINT.fullmatch(p) for p in prints) or prints[0] == prints[1]:
-        raise DeltaError(
-            f"'{name}' has the fingerprints {prints}: expected two different ones, sha256:<64 hex digits>."
-        )
-    return Change(Selection(index, unit, shape), values, changed, str(prints[0]), str(prints[1]))
-
-
-def _check_index(name: str, index: Tensor, count: int, units: int) -> None:
-    if index.dtype not in _WHOLE_NUMBERS or index.ndim != 1 or index.numel() != count:
-        found = f"{index.dtype} {tuple(index.shape)}"
-        raise DeltaError(f"the index of '{name}' is {found}: expected {count} ids, int32 or int64.")
-    if not bool((index[1:] > index[:-1]).all()):
-        raise DeltaError(f"the index of '{name}' is not strictly increasing (unsorted, or a unit twice).")
-    if int(index[0]) < 0 or int(index[-1]) >= units:
-        found = f"[{int(index[0])}, {int(index[-1])}]"
-        raise DeltaError(f"the index of '{name}' is out of range: {found}, the tensor has {units} units.")
-
-
-def require_finite(name: str, values: Tensor) -> None:
-    """Raise if a new value is an infinity or not a number."""
-    numbers = values.float() if values.element_size() == 1 else values  # torch has no isfinite for 8-bit floats
-    if values.dtype.is_floating_point and not bool(torch.isfinite(numbers).all()):
-        raise DeltaError(f"'{name}' has new values that are not finite: such a model is broken, a delta refuses it.")
-
-
-def _shape(name: str, entry: dict[str, Any]) -> tuple[int, ...]:
-    shape = entry.get("shape")
-    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape) or len(shape) > 16:
-        raise DeltaError(f"'{name}' has shape {shape!r}: expected a list of whole numbers.")
-    if math.prod(shape) >= 2**63:
-        raise DeltaError(f"'{name}' has shape {shape}: no tensor is that large.")
-    return tuple(shape)
-
-
-def _dtype(name: str, entry: dict[str, Any]) -> torch.dtype:
-    dtype = entry.get("dtype")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise DeltaError(f"'{name}' has dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
-
-
-def _unit(name: str, entry: dict[str, Any]) -> Unit:
-    unit = entry.get("unit")
-    if not isinstance(unit, dict) or not isinstance(unit.get("kind"), str) or type(unit.get("size")) is not int:
-        raise DeltaError(f"'{name}' has unit {unit!r}: expected a kind and a size.")
-    try:
-        return Unit(unit["kind"], unit["size"])
-    except ValueError as e:
-        raise DeltaError(f"'{name}': {e}") from e
-
-
-def _number(name: str, entry: dict[str, Any], key: str, low: int, high: int) -> int:
-    n = entry.get(key)
-    if type(n) is not int or not low <= n <= high:
-        raise DeltaError(f"'{name}' has {key} {n!r}: expected a whole number from {low} to {high}.")
-    return n
-
-
-def _origin(metadata: Mapping[str, str]) -> Origin:
-    base = _table(metadata, "base")
-    id, revision, weights, tuned = (base.get(key) for key in ("id", "revision", "weights", "tuned"))
-    texts = all(text is None or isinstance(text, str) for text in (id, revision))
-    if not texts or not (weights is None or (type(weights) is int and weights >= 0)) or type(tuned) is not bool:
-        raise DeltaError(f"base is {base}: expected id, revision, weights and tuned.")
-    return Origin(id, revision, weights, tuned)
-
-
-def _tied(metadata: Mapping[str, str], changes: Mapping[str, Change]) -> dict[str, str]:
-    tied = _table(metadata, "tied")
-    for alias, name in tied.items():
-        if not isinstance(name, str) or alias in changes or name in tied:
-            raise DeltaError(f"tied says that '{alias}' is {name!r}: an alias names a tensor, and has no entry itself.")
-    return tied
-
-
-def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    value = _json(metadata, key)
-    if not isinstance(value, dict):
-        raise DeltaError(f"the metadata's {key} is not a JSON object.")
-    return value
-
-
-def _json(metadata: Mapping[str, str], key: str) -> Any:
-    try:
-        return json.loads(metadata[key], object_pairs_hook=_no_doubles, parse_constant=_no_constants)
-    except (ValueError, RecursionError) as e:
-        raise DeltaError(f"the metadata's {key} is not JSON: {e}") from e
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        raise ValueError("a key is there twice")
-    return table
-
-
-def _no_constants(text: str) -> Any:
-    raise ValueError(f"{text} is not JSON")

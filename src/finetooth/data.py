@@ -119,7 +119,7 @@ def opened(path: str | Path) -> Iterator[IO[str]]:
     file = Path(path)
     how: Any = {".gz": gzip.open, ".xz": lzma.open}.get(file.suffix, open)
     try:
-        with how(file, "rt", encoding="utf-8") as stream:
+        with how(file, "rt", encoding="utf-8-sig") as stream:  # Windows' editors begin with a byte order mark
             yield stream
     except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         kind = file.suffix if file.suffix in (".gz", ".xz") else "UTF-8 text"

@@ -11,20 +11,42 @@ module's buffers may be missing on the other side. Anything else that only one s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetooth.base import Base, Files, Held, bits, dtype_name, fingerprint
-from finetooth.codec import Change, DeltaError, require_finite
+from finetooth.codec import Change, DeltaError, Origin, require_finite
 from finetooth.selection import Selection
 from finetooth.units import Unit
 
 _MATRIX = (Unit("element"), Unit("row"), Unit("column"), Unit("matrix"))
 _VECTOR = (Unit("element"), Unit("matrix"))
 _TWINS = 4  # so many names without a partner can be tied embeddings; more are another model
+
+
+class Comparison:
+    """Two models side by side. Iterating, once, reads them: (name, change, the old values) of every tensor that differs."""
+
+    def __init__(self, tuned: Base, base: Base, model: Any = None):
+        self.tuned, self.base, self.weights = tuned, base, 0
+        self.found, self.tied = pair(tuned, base, model)
+
+    def __iter__(self) -> Iterator[tuple[str, Change, Tensor]]:
+        for name, a, b in self.found:
+            new = self.tuned.tensor(a)
+            self.weights += new.numel()
+            step = change(name, self.base.tensor(b), new)
+            if step is not None:
+                yield name, *step
+
+    def origin(self) -> Origin:
+        """What the difference belongs to; known when the iteration is over."""
+        in_memory = self.tuned if isinstance(self.tuned, Held) else None  # a model in memory knows its base
+        known = self.base if self.base.id else in_memory
+        return Origin(known.id, known.revision, self.weights) if known else Origin(weights=self.weights)
 
 
 def change(name: str, old: Tensor, new: Tensor) -> tuple[Change, Tensor] | None:
@@ -37,12 +59,14 @@ def change(name: str, old: Tensor, new: Tensor) -> tuple[Change, Tensor] | None:
     selection = _cheapest(differs, old.element_size())
     values, before = gather(selection, new), gather(selection, old)
     require_finite(name, values)
-    return Change(selection, values, changed, fingerprint(old), fingerprint(new)), before
+    whole, part = (fingerprint(old), fingerprint(new)), (fingerprint(before), fingerprint(values))
+    return Change(selection, values, changed, *whole, *part), before
 
 
 def gather(selection: Selection, x: Tensor) -> Tensor:
-    """`selection.gather` on the bits: NaN payloads survive, and every dtype can be indexed."""
-    return selection.gather(bits(x)).view(x.dtype)
+    """`selection.gather` on the bits: NaN payloads survive, and every dtype can be indexed. On the device of `x`."""
+    there = Selection(selection.index.to(x.device), selection.unit, selection.shape)
+    return there.gather(bits(x.contiguous())).view(x.dtype)
 
 
 def scatter_(selection: Selection, x: Tensor, values: Tensor) -> None:

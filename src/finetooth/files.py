@@ -12,12 +12,14 @@ Not covered: file systems on which fsync or rename do not do what POSIX says.
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Rust (safetensors) says "os error 28"; torch's zip writer says nothing but that it failed, so the disk is asked.
@@ -40,19 +42,69 @@ def whole(path: Path) -> Iterator[Path]:
     >>> file.read_text(), len(list(file.parent.iterdir()))
     ('{}', 1)
     """
-    temp = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        with room(path):
-            yield temp
-            sync(temp)
-            temp.replace(path)
-            sync(path.parent)
-    finally:
-        temp.unlink(missing_ok=True)
+    with room(path), aside(path) as folder:
+        temp = folder / path.name
+        yield temp
+        sync(temp)
+        temp.replace(path)
+        sync(path.parent)
 
 
 @contextmanager
-def room(path: Path) -> Iterator[None]:
+def aside(path: Path) -> Iterator[Path]:
+    """A new folder beside `path`, locked by this process for the length of the block, and removed then if it is still there.
+
+    Those that nobody locks any more are of killed processes, and are removed first.
+    """
+    for old in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
+        _remove_abandoned(old)
+    temp, handle = _locked(path)
+    try:
+        yield temp
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked(path: Path) -> tuple[Path, int]:
+    while True:
+        temp = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
+        temp.mkdir(parents=True)
+        with suppress(FileNotFoundError):  # taken for abandoned in the moment before it had its lock: another one then
+            handle = os.open(temp, os.O_RDONLY)
+            with suppress(OSError):  # a file system without locks: what a killed process leaves there, stays
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if temp.is_dir():
+                return temp, handle
+            os.close(handle)
+
+
+def _remove_abandoned(temp: Path) -> None:
+    """A lock ends with its process, however that ends."""
+    try:
+        handle = os.open(temp, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(temp, ignore_errors=True)
+    except OSError:
+        pass  # somebody is writing it
+    finally:
+        os.close(handle)
+
+
+def require_room(path: Path, needed: int) -> None:
+    """NotWritten if fewer than `needed` bytes are free where `path` will be."""
+    where = _there(path.parent)
+    if _free(where) < needed:
+        raise NotWritten(
+            f"{path} could not be written: it takes {needed:,} bytes, and {_free(where):,} are free in {where}."
+        )
+
+
+@contextmanager
+def room(path: Path, needed: int = 0) -> Iterator[None]:
     """Turn the many ways in which libraries say that a disk is full into one NotWritten that names `path`."""
     try:
         yield
@@ -60,18 +112,19 @@ def room(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         if is_full(error, path.parent):
-            raise refusal(path, error) from error
+            raise refusal(path, error, needed) from error
         raise
 
 
-def refusal(path: Path, error: Exception) -> NotWritten:
-    """What to say when `path` could not be written: why, and how much room there is."""
+def refusal(path: Path, error: Exception, needed: int = 0) -> NotWritten:
+    """What to say when `path` could not be written: why, how much room there is, and how much it takes if that is known."""
     where = _there(path.parent)
     if isinstance(error, NotWritten) and isinstance(error.__cause__, Exception):
         error = error.__cause__  # of a file inside `path`
     first = (str(error) or type(error).__name__).splitlines()[0]
     reason = "the disk is full" if is_full(error, where) else first
-    return NotWritten(f"{path} could not be written: {reason} ({_free(where):,} bytes free in {where}).")
+    takes = f", {needed:,} needed in all" if needed else ""
+    return NotWritten(f"{path} could not be written: {reason} ({_free(where):,} bytes free in {where}{takes}).")
 
 
 def is_full(error: Exception, folder: Path) -> bool:

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from finetooth import answers, checkpoint, evaluate, overlap, reporting, run
+from finetooth import answers, evaluate, overlap, pretrained, reporting, run
+from finetooth.anatomy import TARGETS
 from finetooth.assemble import build, check_options, loaded_from
 from finetooth.data import DataError, Prepared, documents, prepare
 from finetooth.method import is_token
 from finetooth.methods import METHODS
 from finetooth.moments import check as check_moments
+from finetooth.nearest import hint
 from finetooth.optim import SelectiveAdamW
 from finetooth.recipe import MethodPart, Recipe, RecipeError
 from finetooth.rule import check_keep
@@ -64,12 +65,13 @@ def check(recipe: Recipe, resume: bool) -> None:
     check_evaluation(recipe)
     run.check(recipe, resume)
     check_context(recipe)
+    pretrained.check_weights(recipe.model)
 
 
 def check_context(recipe: Recipe) -> None:
-    """DataError if rows may be longer than what the model was made for."""
+    """RecipeError for a model that cannot be trained here, DataError if rows may be longer than what it was made for."""
     longest = recipe.train.max_length
-    config = AutoConfig.from_pretrained(str(checkpoint.resolve(recipe.model)))
+    config = pretrained.config(recipe.model)
     context = getattr(config, "max_position_embeddings", None) or longest
     if longest > context:
         raise DataError(f"train.max_length={longest} is more than the model's context of {context} tokens.")
@@ -84,10 +86,17 @@ def check_method(part: MethodPart) -> None:
     for pool, share in (part.keep if isinstance(part.keep, dict) else {"": part.keep}).items():
         if share is not None:
             check_keep(share, f"method.keep[{pool!r}]" if pool else "method.keep")
+    for pattern in [part.targets] if isinstance(part.targets, str) else part.targets or ():
+        if pattern not in TARGETS and not set(pattern) & set(".*?["):  # every parameter's name has a dot
+            raise RecipeError(
+                f"method.targets={pattern!r}: expected {', '.join(TARGETS)}, or patterns of parameter names such as '*.mlp.*'."
+                f"{hint(pattern, TARGETS)}"
+            )
+    named = [name for name in MethodPart.model_fields if name not in options]
     if "rows" in options:  # the texts of tokens are looked up when there is a tokenizer
         parts = options["rows"] if isinstance(options["rows"], list) else [options["rows"]]
         options = {**options, "rows": [part for part in parts if not is_token(part)] or [0]}
-    check_options(part.name, options, keep=part.keep, targets=part.targets)
+    check_options(part.name, options, part.keep, part.targets, part.exclude, named, "method.")
     row = METHODS[part.name]
     if row.source and part.calibration is None:
         raise RecipeError(
@@ -117,8 +126,7 @@ def check_evaluation(recipe: Recipe) -> None:
 
 def load(recipe: Recipe, folder: Path, training: bool = True) -> Job:
     """Tokenizer and data first, then the model: bad data should not cost the loading of the weights."""
-    source = str(checkpoint.resolve(recipe.model))
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = pretrained.tokenizer(recipe.model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
@@ -126,7 +134,8 @@ def load(recipe: Recipe, folder: Path, training: bool = True) -> Job:
     learn, test = read(recipe, tokenizer, training)
     general = documents(recipe.evaluate.forgetting) if recipe.evaluate.forgetting else []
     dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    check_ids(recipe, learn, test)
+    model = pretrained.model(recipe.model, dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Job(recipe, folder, tokenizer, learn, test, general, model.to(device))
 
@@ -135,6 +144,10 @@ def read(recipe: Recipe, tokenizer: Any, training: bool = True) -> tuple[Prepare
     """The rows to train on, none if that is not wanted, and those to evaluate on, with what the task needs of them."""
     data, longest, task = recipe.data, recipe.train.max_length, recipe.evaluate.task
     learn = prepare(data.train, data, tokenizer, longest, data.limit) if training else Prepared()
+    if training and learn.flaws["empty"] == learn.rows:
+        raise DataError(
+            f"{data.train}: the answer of every row is empty: there is nothing to learn but to say nothing."
+        )
     if data.eval is None:
         return learn, None
     also = answers.reader(recipe.evaluate, tokenizer)
@@ -142,6 +155,17 @@ def read(recipe: Recipe, tokenizer: Any, training: bool = True) -> tuple[Prepare
     if task in ASKED and not test.prompts:
         raise DataError(f"{data.eval} has texts only: {task} needs rows with a prompt, or messages.")
     return learn, test
+
+
+def check_ids(recipe: Recipe, *files: Prepared | None) -> None:
+    """DataError for a tokenizer that knows tokens for which the model has no embedding."""
+    known = getattr(pretrained.config(recipe.model).get_text_config(), "vocab_size", None)
+    largest = max((max(e.ids) for file in files if file for e in file.examples), default=0)
+    if known is not None and largest >= known:
+        raise DataError(
+            f"the tokenizer of {recipe.model} makes the token {largest}, and the model has embeddings for {known} (0 to {known - 1}): "
+            "it is another model's, or was added to. Resize the embeddings, save the model, and give that folder."
+        )
 
 
 def optimizer(job: Job) -> SelectiveAdamW:
@@ -171,6 +195,7 @@ def settings(recipe: Recipe, rows: int | None = None) -> dict[str, Any]:
         "lr": rate.lr,
         "keep": method.keep,
         "targets": method.targets,
+        "exclude": method.exclude,
         "weight_decay": rate.weight_decay,
         "max_grad_norm": rate.max_grad_norm,
         "betas": rate.betas,
@@ -202,7 +227,7 @@ def _numbered(recipe: Recipe) -> dict[str, Any]:
     parts = given if isinstance(given, list) else [given]
     if not any(is_token(part) for part in parts):
         return {}
-    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.resolve(recipe.model)))
+    tokenizer = pretrained.tokenizer(recipe.model)
     found = [tokenizer.convert_tokens_to_ids(part) if is_token(part) else part for part in parts]
     for part, number in zip(parts, found, strict=True):
         if number is None or (is_token(part) and number == tokenizer.unk_token_id and part != tokenizer.unk_token):

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
-from finetooth import checkpoint
+from finetooth import pretrained
 from finetooth.data import Tokens, prepare
 from finetooth.recipe import Recipe
 
@@ -47,7 +45,7 @@ def batch_of(recipe: Recipe) -> Batch:
         return Batch(
             how.batch_size, how.max_length, how.batch_size > 1, False, "train.max_length: the file is not read"
         )
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(checkpoint.resolve(recipe.model)))
+    tokenizer = pretrained.tokenizer(recipe.model)
     found = prepare(data.train, data, tokenizer, how.max_length, data.limit)
     lengths = [len(e.ids) for e in found.examples]
     rows = min(how.batch_size, len(lengths))

@@ -117,4 +117,7 @@ def notes(job: Job) -> dict[str, Any]:
 
 def remarks(job: Job) -> list[str]:
     """What a person should know about both files, each thing once."""
-    return preflight.remarks(job.train, job.eval, preflight.stops(job.recipe.model, job.tokenizer))
+    how, rows = job.recipe.train, len(job.train.examples)
+    taken = how.batch_size * how.accumulate
+    more = [f"a step takes {taken} rows and there are {rows}: every epoch is one step."] if taken > rows else []
+    return preflight.remarks(job.train, job.eval, preflight.stops(job.recipe.model, job.tokenizer)) + more

@@ -90,6 +90,8 @@ def spiel(turnover: float = 0.2, decay: str = "linear", steps: int | None = None
         raise ValueError(
             f"window={window} is out of range: give the steps before a selection whose gradients count, at least 1."
         )
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps={steps!r}: expected the number of optimizer steps of the run, or nothing.")
     share = DECAYS[decay](turnover, steps)
     return {"exchange": Exchange(scores.moved, share, window)}
 

@@ -2,20 +2,19 @@
 
     gradients finite? -> when? select -> migrate state -> gather -> clip -> AdamW -> scatter -> rest
 
-Selection and update happen here, in `step`, after accumulation and unscaling; never in a hook. A method is
-the choice of two words. `state`: "compact" keeps moments for the chosen units only, "dense" for all. `mask`
-(dense only): "gradient" zeroes the gradient elsewhere, so that moments decide alone where a weight was not
-chosen (GMT as it is run); "update" lets the moments see the whole gradient and writes chosen entries only.
+Selection and update happen here, in `step`, after accumulation and unscaling; never in a hook. A method is the choice of two
+words. `state`: "compact" keeps moments for the chosen units only, "dense" for all. `mask` (dense only): "gradient" zeroes the
+gradient elsewhere, so that moments decide alone where a weight was not chosen (GMT as it is run); "update" lets the moments see
+the whole gradient and writes chosen entries only.
 
-Clipping is to the norm of the gradients that are used: of the masked gradient, of the gathered entries, or,
-for mask="update", of all that the moments see. State is keyed by parameter name and lives in
-`state_dict()["selective"]`, because torch casts whatever lies under `state[p]` to the parameter's dtype.
+Clipping is to the norm of the gradients that are used: of the masked gradient, of the gathered entries, or, for mask="update", of all
+that the moments see. State is keyed by parameter name and lives in `state_dict()["selective"]`, because torch casts whatever lies
+under `state[p]` to the parameter's dtype.
 
 Low-precision weights: compact state holds float32 masters; dense updates are rounded stochastically, by a hash
 of (seed, name, step, position). rounding="nearest" is an explicit choice.
 
 Of sharded parameters (FSDP2) a step is made on the rows that this rank holds; norms and thresholds are those of all ranks.
-
 Not covered: sparse gradients, closures that are called more than once.
 """
 
@@ -32,6 +31,8 @@ from finetooth import shards
 from finetooth.anatomy import guess, matching, survey, tied
 from finetooth.checks import (
     check_choice,
+    check_excluded,
+    check_live_rates,
     check_named,
     check_parameter,
     check_parts,
@@ -113,6 +114,7 @@ class SelectiveAdamW(WatchingOptimizer):
         ):
             check_choice(word, value)
         check_together(rule, when, rest or frozen(), state, mask)
+        check_excluded(rule, given)
         check_backend(kernels)
         check_moments(moments)
         self.rule, self.when, self.rest = rule, when, rest or frozen()
@@ -131,6 +133,7 @@ class SelectiveAdamW(WatchingOptimizer):
         rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([(n, given[n]) for n in names], others, base, rates)
         self.seed = seed
+        self._guard.names = list(self._slots)
         for slot in self._slots.values():
             slot.kind = moments
         self._moments = moments
@@ -138,7 +141,7 @@ class SelectiveAdamW(WatchingOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One optimizer step; a non-finite gradient writes nothing and is counted in `skipped`.
+        """One optimizer step; a non-finite gradient, or loss of a closure, writes nothing and is counted in `skipped`.
 
         Gradients that were gathered (see `gradients.py`) are used up by it, whether it writes or not.
         """
@@ -147,6 +150,7 @@ class SelectiveAdamW(WatchingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self.check_parameters()
+        check_live_rates(self.param_groups)
         self._adopt()
         grads = self._collected()
         self._refuse_rehearsal(grads)
@@ -155,7 +159,7 @@ class SelectiveAdamW(WatchingOptimizer):
         held = self._live()
         live = {name: held[name] for name in grads}
         self.skipped += 1  # until it is known to be used; so it stays if the guard raises
-        if self._stepped(live, grads):
+        if self._stepped(live, grads, 0.0 if loss is None else shards.total(float(loss), self._device())):
             self.skipped -= 1
             self.steps += 1
         self._between()
@@ -163,11 +167,8 @@ class SelectiveAdamW(WatchingOptimizer):
 
     def _refuse_rehearsal(self, grads: Mapping[str, Tensor]) -> None:
         """torch.distributed.checkpoint steps with no gradients at all to make an optimizer fill its `state`, and saves that."""
-        if (
-            not grads
-            or any(float(group["lr"]) for group in self.param_groups)
-            or any(bool(g.any()) for g in grads.values())
-        ):
+        moves = any(float(group["lr"]) for group in self.param_groups)
+        if not grads or moves or any(bool(g.any()) for g in grads.values()):
             return
         raise RuntimeError(
             "a step of lr 0 with gradients that are all 0: that is torch.distributed.checkpoint (accelerate's save_state under FSDP), "
@@ -187,6 +188,11 @@ class SelectiveAdamW(WatchingOptimizer):
     def _load_extra_state(self, extra: dict[str, Any]) -> None:
         super()._load_extra_state(extra)
         self._guard.restore(extra["guard"])
+
+    @property
+    def bad_steps(self) -> int:
+        """How many steps in a row, up to the last one, wrote nothing, as a gradient was not finite."""
+        return self._guard.bad
 
     @property
     def grad_norm(self) -> float:
@@ -222,55 +228,63 @@ class SelectiveAdamW(WatchingOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return self._gradients is not None  # so that a GradScaler calls `step`, which refuses it
 
-    def _stepped(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> bool:
-        """Update, unless a gradient is not finite."""
+    def _stepped(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor], loss: float) -> bool:
+        """Update, unless a gradient that is used, or the loss, is not finite."""
         if self._by_threshold():
-            return self._step_cut(live, grads)
-        if not self._guard.passes(grads, self._norm(grads.values())):
-            return False
+            return self._step_cut(live, grads, loss)
         if self._compact:
-            self._step_compact(live, grads)
-        elif self._mask == "update" and self.rule is not None:
+            return self._step_compact(live, grads, loss)
+        if not self._guard.passes(grads, self._norm(grads.values()), loss):
+            return False
+        if self._mask == "update" and self.rule is not None:
             self._step_update(live, grads)
         else:
-            self._step_gradient(live, grads)
+            with self._kept(live):
+                self._step_gradient(live, grads)
         return True
 
-    def _step_compact(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
-        gathered = set(self._gradients.chosen) if self._gradients is not None and not self._gradients.paused else set()
-        if self._selects():
+    def _step_compact(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor], loss: float) -> bool:
+        """The chosen entries; a gradient elsewhere is not used, unless this step selects by it."""
+        routed = self._gradients
+        gathered = set() if routed is None or routed.paused else set(routed.chosen)
+        selects, watches = self._selects(), self._watches()
+        if (selects or watches) and not self._guard.passes(grads, self._norm(grads.values()), loss):
+            return False
+        if selects:
             unused = {n: torch.zeros_like(p) for n, p in self._live().items() if n not in grads}
             self._select_compact({**grads, **unused}, {})
             if self.when is once and not self.steps:
                 self._take_prints()
-        if self._watches():
-            self._watch(grads)
         chosen = {n: s for n in live if (s := self._slots[n].selection) is not None and len(s)}
-        as_is = gathered | {n for n, s in chosen.items() if s.unit.kind in WHOLE}
-        used = {n: grads[n] if n in as_is else s.gather(grads[n]) for n, s in chosen.items()}
-        known = used.keys() == grads.keys() <= as_is and not self._cuts
-        total = self._guard.total if known else self._norm(used.values())
+        used = {n: grads[n] if n in gathered or s.unit.kind in WHOLE else s.gather(grads[n]) for n, s in chosen.items()}
+        total = self._norm(used.values())
+        if not self._guard.passes(used, total, loss):
+            return False
+        if watches:
+            self._watch(grads)
         factor, rates = self._guard.factor(total), self._rates()
         for name, g in used.items():
             self._slots[name].update(live[name], g, rates[name], self._how(name), factor, self._target(name))
+        return True
 
     def _by_threshold(self) -> bool:
         """Whether this step and the next mask by the magnitude of the gradient, which needs no list of what is chosen."""
         rule = self.rule
-        if rule is None or self._compact or self._to_base or self.rest.kind != "frozen":
+        if rule is None or rule.exclude or self._compact or self._to_base or self.rest.kind != "frozen":
             return False
         gmt = rule.threshold and rule.unit.kind == "element" and rule.score is gradient
         return gmt and self.when(self.steps) and self.when(self.steps + 1)
 
-    def _step_cut(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> bool:
+    def _step_cut(self, live: Mapping[str, Tensor], grads: Mapping[str, Tensor], loss: float) -> bool:
         """GMT in two readings of the gradient: one finds every pool's threshold, one masks and updates."""
         assert self.rule is not None
         sizes = {name: math.prod(self._cuts[name].shape) for name in grads} if self._cuts else None
         cuts, square = magnitude_cuts(self.rule, grads, self.seed, self._backend, sizes)
         strict = self._mask == "update"
-        if not self._guard.passes(grads, total=square):
+        total = square**0.5  # the largest are among them: not finite, or too large, exactly if anything is
+        if not self._guard.passes(grads, total, loss):
             return False
-        factor, rates = self._guard.factor(self._norm(grads.values()) if strict else square**0.5), self._rates()
+        factor, rates = self._guard.factor(self._norm(grads.values()) if strict else total), self._rates()
         for name, p in live.items():
             slot = self._slots[name]
             how, bits = self._how(name), slot.start_bits(p)
@@ -314,9 +328,7 @@ class SelectiveAdamW(WatchingOptimizer):
             return proposals[name]
 
         def base(name: str) -> Tensor:
-            if name not in bases:
-                bases[name] = self._known(name)
-            return bases[name]
+            return bases[name] if name in bases else bases.setdefault(name, self._known(name))
 
         def write(name: str, selection: Selection | None) -> None:
             new, reset = self._how(name).rounded(propose(name), live[name].dtype), self.rest.kind == "reset"

@@ -32,7 +32,7 @@ CONTEXT, LOST = (
     1.0,
     0.05,
 )  # GiB of a CUDA context with its libraries, and the share that an allocator loses between blocks
-ENTRY = 700  # bytes of a tensor's entry in a delta's header: two fingerprints, shape, unit, offsets
+ENTRY = 900  # bytes of a tensor's entry in a delta's header: four fingerprints, shape, unit, offsets
 
 
 @dataclass
@@ -79,6 +79,10 @@ def plan(recipe: Recipe) -> Plan:
     found = Plan(recipe.method.name, recipe.train.precision, batch, run.weights, phases=run.phases)
     found.state, found.gradients, found.activations = run.opt.planned_state(), run.gradients, run.activations
     found.kinds, found.notes = kinds(run), run.opt.remarks()
+    if recipe.method.exclude is not None:
+        found.notes.append(
+            "method.exclude was not looked at: where few units are left of a budget, less trains than is said here."
+        )
     values = _changes(run, found)
     on_gpu = run.phases if gpu else rehearse(recipe, batch, True).phases
     if not gpu:  # a GPU's values are copied to the host for it

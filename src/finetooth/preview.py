@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoTokenizer
-
-from finetooth import checkpoint
+from finetooth import pretrained
 from finetooth.data import IGNORE
 from finetooth.jobs import read
 from finetooth.preflight import in_both, remarks, stops
@@ -15,7 +13,7 @@ from finetooth.recipe import Recipe
 
 def preview(recipe: Recipe, rows: int) -> dict[str, Any]:
     """The first rows as text in two parts, the counts over both files, and all remarks on them."""
-    tokenizer = AutoTokenizer.from_pretrained(str(checkpoint.resolve(recipe.model)))
+    tokenizer = pretrained.tokenizer(recipe.model)
     learn, test = read(recipe, tokenizer)
     shown = []
     for example in learn.examples[:rows]:

@@ -8,7 +8,6 @@ A located recipe has whole paths, so that a run resumes from any folder; what is
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import re
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from finetooth import embedded
+from finetooth.schema import sentences, takes
 
 
 class RecipeError(ValueError):
@@ -27,7 +27,16 @@ class RecipeError(ValueError):
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="constants", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """true and false are numbers to Python."""
+        field = cls.model_fields.get(str(info.field_name))
+        if isinstance(value, bool) and field is not None and field.annotation is not bool:
+            raise ValueError(f"expected {takes(field)}")
+        return value
 
 
 class MethodPart(_Part):
@@ -37,15 +46,9 @@ class MethodPart(_Part):
     name: str = "gmt"
     keep: float | int | dict[str, float | int] | None = None
     targets: str | list[str] | None = None  # all, blocks, linear, dense-linear, or patterns of parameter names
+    exclude: str | list[str] | None = None  # deltas whose entries must not train: files, run folders, hub ids
     calibration: str | None = None  # a file like data.train to measure on instead
     calibration_rows: int = Field(256, ge=1)  # rows of the training data that a calibrated row may look at
-
-    @field_validator("keep", mode="before")
-    @classmethod
-    def _exact(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("give a fraction in (0, 1] or a count of units")
-        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -60,7 +63,7 @@ class MethodPart(_Part):
 class OptimizerPart(_Part):
     lr: float = Field(1e-4, ge=0)
     weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float | None = Field(1.0, ge=0)
+    max_grad_norm: float | None = Field(1.0, ge=0, allow_inf_nan=True)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -68,6 +71,13 @@ class OptimizerPart(_Part):
     rounding: Literal["auto", "stochastic", "nearest"] = "auto"  # of weights below float32
     moments: Literal["fp32", "8bit"] = "fp32"  # how Adam's are kept between steps
     decay_to: Literal["zero", "base"] = "zero"
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("expected two numbers in [0, 1)")
+        return value
 
 
 class DataPart(_Part):
@@ -116,13 +126,13 @@ class EvaluatePart(_Part):
 class Recipe(_Part):
     """One run; `output` is the folder it writes."""
 
-    model: str
+    model: str = Field(min_length=1)
     method: MethodPart = MethodPart()
     optimizer: OptimizerPart = OptimizerPart()
     data: DataPart
     train: TrainPart = TrainPart()
     evaluate: EvaluatePart = EvaluatePart()
-    output: str
+    output: str = Field(min_length=1)
     merged: bool = False  # also write the whole tuned model
 
     def to_yaml(self) -> str:
@@ -136,9 +146,11 @@ class Recipe(_Part):
     def public(self) -> Recipe:
         """The recipe for others to read: of a whole path the last part, as the rest tells about this machine only."""
         data, evaluate = self.data, self.evaluate
+        exclude = self.method.exclude
+        named = [_shown(path) for path in exclude] if isinstance(exclude, list) else _shown(exclude)
         shown = {
             "model": _shown(self.model),
-            "method": self.method.model_copy(update={"calibration": _shown(self.method.calibration)}),
+            "method": self.method.model_copy(update={"exclude": named, "calibration": _shown(self.method.calibration)}),
             "data": data.model_copy(update={"train": _shown(data.train), "eval": _shown(data.eval)}),
             "evaluate": evaluate.model_copy(update={"forgetting": _shown(evaluate.forgetting)}),
             "output": _shown(self.output),
@@ -165,10 +177,11 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, apply `a.b=c` overrides, resolve its paths and check that they exist."""
     file = Path(path)
     if not file.is_file():
-        raise RecipeError(f"there is no recipe {file}.")
+        hint = ", which is a folder: give the YAML file in it" if file.is_dir() else ""
+        raise RecipeError(f"there is no recipe {file}{hint}.")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        raw = yaml.load(file.read_text(encoding="utf-8-sig"), _Once)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{file} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{file} holds {type(raw).__name__}: a recipe is a mapping with model, data and output.")
@@ -177,12 +190,25 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     return located(recipe, file.parent)
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which a key may stand once: of two values the first would silently be lost."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """A mapping; RecipeError for a key that stands twice."""
+        seen = set[str]()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise RecipeError(f"{key.value}: this key stands twice, again in line {key.start_mark.line + 1}.")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def parse(raw: Mapping[str, Any]) -> Recipe:
     """Validate a mapping; RecipeError names every key that is wrong and the nearest right one."""
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError("\n".join(_sentence(e) for e in error.errors())) from error
+        raise RecipeError("\n".join(sentences(Recipe, raw, error.errors()))) from error
 
 
 def override(raw: dict[str, Any], overrides: Iterable[str]) -> None:
@@ -197,7 +223,10 @@ def override(raw: dict[str, Any], overrides: Iterable[str]) -> None:
             at = at.setdefault(part, {})
             if not isinstance(at, dict):
                 raise RecipeError(f"{given!r}: {part!r} is a value, not a section.")
-        parsed = yaml.safe_load(value)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"{given!r}: the value is not YAML: {error}") from error
         at[last] = _number(parsed) if isinstance(parsed, str) else parsed
 
 
@@ -206,27 +235,17 @@ def _number(text: str) -> Any:
     return float(text) if re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", text) else text
 
 
-def _sentence(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in error["loc"][:-1]:
-            section = section.model_fields[part].annotation
-        known = list(section.model_fields)
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1, cutoff=0.5)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        return f"{key}: this key is unknown.{hint} There are: {', '.join(known)}."
-    if error["type"] == "missing":
-        return f"{key}: this key is missing."
-    return f"{key}={error['input']!r}: {error['msg']}."
-
-
 def located(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with absolute paths, `output` below the current folder; RecipeError for a file that is not there."""
     data, evaluate, method = recipe.data, recipe.evaluate, recipe.method
     found = {
         "model": _model(recipe.model, folder),
-        "method": method.model_copy(update={"calibration": _file("method.calibration", method.calibration, folder)}),
+        "method": method.model_copy(
+            update={
+                "exclude": _deltas(method.exclude, folder),
+                "calibration": _file("method.calibration", method.calibration, folder),
+            }
+        ),
         "data": data.model_copy(
             update={"train": _file("data.train", data.train, folder), "eval": _file("data.eval", data.eval, folder)}
         ),
@@ -263,6 +282,20 @@ def _file(key: str, given: str | None, folder: Path) -> str | None:
     if not file.is_file():
         raise RecipeError(f"{key}: there is no file {file}.")
     return str(file)
+
+
+def _deltas(given: str | list[str] | None, folder: Path) -> str | list[str] | None:
+    if given is None:
+        return None
+    if isinstance(given, list):
+        return [str(_deltas(one, folder)) for one in given]
+    text = _expanded("method.exclude", given)
+    local = _whole(folder / Path(text).expanduser())
+    if local.exists():
+        return str(local)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", text):
+        return text  # a hub id
+    raise RecipeError(f"method.exclude: {given!r} is neither a delta file or run folder ({local}) nor a hub id.")
 
 
 def _model(given: str, folder: Path) -> str:

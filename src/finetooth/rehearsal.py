@@ -78,7 +78,8 @@ def _optimizer(recipe: Recipe, model: nn.Module, batch: Batch, gpu: bool) -> Und
     rows = min(CALIBRATION_BATCH, recipe.method.calibration_rows, batch.known or CALIBRATION_BATCH)
     masked = batch.ragged and "grad" in row.calibration  # norms of inputs leave padding out by value
     calibration = [Batch(rows, batch.tokens, masked, False, "").inputs()] if row.calibrated else None
-    return Understudy(**arranged(row, model, calibration=calibration, base=base, **settings(recipe)))
+    asked = {**settings(recipe), "exclude": None}  # it says which units train, and of how many only where few are left
+    return Understudy(**arranged(row, model, calibration=calibration, base=base, **asked))
 
 
 def _train(recipe: Recipe, found: Rehearsal, batch: Batch, meter: Meter, gpu: bool) -> None:

@@ -6,12 +6,12 @@ They are transformers' callbacks, chosen by name (`train.report_to`). They show 
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from finetooth.nearest import hint
 from finetooth.recipe import RecipeError
 
 
@@ -26,10 +26,8 @@ def check(names: Sequence[str]) -> None:
 
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
-            near = difflib.get_close_matches(name, list(INTEGRATION_TO_CALLBACK), 1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise RecipeError(f"train.report_to: {name!r} is unknown.{hint} transformers has: {known}.")
+            near, known = hint(name, INTEGRATION_TO_CALLBACK), ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise RecipeError(f"train.report_to: {name!r} is unknown.{near} transformers has: {known}.")
     missing = [name for name in names if name not in get_available_reporting_integrations()]
     if missing:
         raise RecipeError(

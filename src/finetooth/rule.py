@@ -7,10 +7,15 @@ the model.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
+from torch import Tensor
+
+from finetooth.nearest import hint
 from finetooth.units import Unit
 from finetooth.weight import Score
 
@@ -109,6 +114,8 @@ class Rule:
     parameter names, or a function name -> bool. What does not take part is frozen.
     threshold: keep everything that reaches the k-th score, ties included, instead of exactly k.
     exchange: from the second selection on, replace a share of the chosen units instead of choosing all anew.
+    exclude: parameter name -> sorted ids of entries, row-major in storage, that must not train: a unit that holds one is
+    never chosen. It counts as a unit all the same, so that a budget is what it would be, as far as there are others.
     """
 
     score: Score
@@ -118,6 +125,15 @@ class Rule:
     targets: str | Iterable[str] | Callable[[str], bool] = "linear"
     threshold: bool = False
     exchange: Exchange | None = None
+    exclude: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def __new__(cls, *args: Any, **given: Any) -> Rule:
+        """Names are checked here, so that an unknown one is told the nearest."""
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise TypeError(f"Rule has no {name!r}.{hint(name, known)} There are: {', '.join(known)}.")
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         if not isinstance(self.targets, str) and not callable(self.targets):
@@ -127,6 +143,16 @@ class Rule:
         elif isinstance(self.keep, Mapping):
             for pool, share in self.keep.items():
                 check_keep(share, f"keep[{pool!r}]")
+
+    def excluded(self) -> str | None:
+        """A hash of what is excluded; None for nothing."""
+        if not self.exclude:
+            return None
+        digest = hashlib.sha256()
+        for name, entries in sorted(self.exclude.items()):
+            digest.update(f"{name} {entries.numel()}\n".encode())
+            digest.update(entries.long().cpu().numpy().data)
+        return f"sha256:{digest.hexdigest()}"
 
     def budgets(self, units: Mapping[str, int], seed: int) -> dict[str, int]:
         """The number of units to keep in every pool, given how many units each has."""

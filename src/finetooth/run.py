@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from typing import Any
 
 from finetooth import saved
 from finetooth.files import NotWritten, whole
+from finetooth.guard import NonFiniteError
 from finetooth.recipe import Recipe, RecipeError
 
 CHECKPOINTS = "checkpoints"
@@ -34,9 +36,12 @@ LIBRARIES = (
 def check(recipe: Recipe, resume: bool) -> None:
     """Raise RecipeError if the output folder is in use, or holds no run that could be resumed."""
     folder = Path(recipe.output)
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        raise RecipeError(f"output={folder}: {there} is a file: give a folder.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RecipeError(f"output={folder}: {there} may not be written to: give another folder.")
     used = folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir())
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"output={folder} is a file: give a folder.")
     if used and not resume:
         raise RecipeError(f"output={folder} is not empty: give another folder, or --resume to continue the run in it.")
     if resume:
@@ -78,13 +83,19 @@ def _other_environment(folder: Path) -> list[str]:
 
 @contextmanager
 def kept(folder: Path) -> Iterator[None]:
-    """A full disk ends a run with what is left of it, and how to go on."""
+    """A full disk, or gradients that are not finite, end a run with what is left of it, and how to go on."""
     try:
         yield
     except NotWritten as error:
-        last = saved.newest(folder / CHECKPOINTS)
-        left = "There is no checkpoint yet." if last is None else f"The last complete checkpoint is {last}."
-        raise NotWritten(f"{error} {left} Make room and run the same command with --resume.") from error
+        raise NotWritten(f"{error} {_left(folder)} Make room and run the same command with --resume.") from error
+    except NonFiniteError as error:
+        more = "Go on from it with --resume once the data is mended; for another learning rate start a new run."
+        raise NonFiniteError(f"{error} {_left(folder)} {more}") from error
+
+
+def _left(folder: Path) -> str:
+    last = saved.newest(folder / CHECKPOINTS)
+    return "There is no checkpoint yet." if last is None else f"The last complete checkpoint is {last}."
 
 
 def _same(recipe: Recipe, folder: Path) -> None:

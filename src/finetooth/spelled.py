@@ -6,10 +6,11 @@ Every function here takes the thing itself or its word, and raises ValueError wi
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from finetooth import rest, scores, when
+from finetooth.nearest import hint
 from finetooth.rule import POOLS
 from finetooth.units import KINDS, Unit
 
@@ -38,18 +39,34 @@ def choice(name: str, given: Any) -> Any:
     [1, 5]
     """
     if not isinstance(given, str):
+        _check_kind(name, given)
         return given
     if name in ("pool", "score"):
         return _one_of(name, given, POOLS if name == "pool" else SCORES)
+    if name == "threshold":
+        raise ValueError(f"threshold={given!r}: expected one of true, false.")
     if name in ("when", "rest", "unit"):
         return _called(name, given, {"when": WHENS, "rest": RESTS, "unit": UNITS}[name])
     return given
 
 
+def _check_kind(name: str, given: Any) -> None:
+    """What is no word must be the thing itself."""
+    kinds: dict[str, tuple[Any, Iterable[str]]] = {
+        "unit": (Unit, UNITS),
+        "rest": (rest.Rest, RESTS),
+        "threshold": (bool, ("true", "false")),
+    }
+    kinds |= {"pool": (Callable, POOLS), "score": (Callable, SCORES), "when": (Callable, WHENS)}
+    kind, known = kinds.get(name, (object, ()))
+    if not isinstance(given, kind):
+        raise ValueError(f"{name}={given!r}: expected one of {', '.join(known)}.")
+
+
 def _one_of(name: str, given: str, table: Mapping[str, Any]) -> Any:
     if given not in table:
         own = "" if name == "unit" else ", or give a function"
-        raise ValueError(f"{name}={given!r} is unknown: choose one of {', '.join(table)}{own}.")
+        raise ValueError(f"{name}={given!r} is unknown: choose one of {', '.join(table)}{own}.{hint(given, table)}")
     return table[given]
 
 

@@ -23,6 +23,7 @@ from finetooth import reporting, run
 from finetooth.card import card
 from finetooth.delta import Delta
 from finetooth.files import room
+from finetooth.guard import NonFiniteError
 from finetooth.hf import Progress, SelectiveCallback
 from finetooth.jobs import Job, check, load, optimizer
 from finetooth.measure import forgetting, measure, notes, quantized, remarks, reverts, sample, summary
@@ -43,7 +44,8 @@ def train(
     There `run` is the folder's name, here its path. `say` is told, before training starts, what a person should know
     about the data, and about checkpoints that cannot be used.
 
-    Raises NotWritten if the disk is full: the last complete checkpoint is unharmed, and named.
+    Raises NotWritten if the disk is full, and NonFiniteError after `train.stop_after_nonfinite` bad steps in a row: the last
+    complete checkpoint is unharmed, and named.
     """
     started = time.monotonic()
     check(recipe, resume)
@@ -65,6 +67,10 @@ def _run(job: Job, checkpoint: Path | None, progress: Progress | None, started: 
     trainer = make_trainer(job, opt, progress)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     reporting.finish(trainer)
+    if not opt.steps:
+        raise NonFiniteError(
+            f"none of the {opt.skipped} steps had a finite gradient: nothing was trained, nothing is saved."
+        )
     opt.verify_frozen()
     delta = Delta.extract(job.model, opt, recipe=recipe.public().to_json(), method=recipe.method.name)
     delta.save(folder / "delta.safetensors")
@@ -135,6 +141,7 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
         optimizers=(opt, None),
         callbacks=[SelectiveCallback(opt, job.folder / "metrics.jsonl", progress, seal=False)],
     )
+    trainer.selective = opt
     for callback in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(callback)
     reporting.arrange(trainer, job.folder)

@@ -4,6 +4,10 @@ transformers saves and restores what the weights depend on. What it forgets is b
 line of the log, the mean loss of the run, and TRL's count of tokens. The first is mended by writing a line with every checkpoint, the others
 are made again from the log, which is saved. It writes a checkpoint at its final name and deletes old ones before the new one is
 known to be whole; here it is given a folder aside, and `saving` does the rest.
+
+A loss that is not finite may have finite gradients, of an answer that is masked out for one; here it has none, so that the
+optimizer skips the step. While steps are skipped no checkpoint is saved: the weights are those of the last one that was made, and
+what led there may be in them, so the older checkpoints are worth more. One that was due is saved after the next good step.
 """
 
 from __future__ import annotations
@@ -12,8 +16,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from trl import SFTTrainer
 
+from finetooth.optim import SelectiveAdamW
 from finetooth.saved import saving
 
 KEPT = 2  # checkpoints: if the newest is damaged there is another
@@ -23,6 +30,13 @@ class Trainer(SFTTrainer):
     """Without a model card: TRL's would say of our checkpoints that their base is None, and the run folder has one."""
 
     _aside: str | None = None  # where a checkpoint is being written
+    _due = False  # a checkpoint that was not saved yet
+    selective: SelectiveAdamW  # the optimizer, which accelerate wraps
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's; where it is not finite, neither are its gradients."""
+        found = super().compute_loss(*args, **kwargs)
+        return (telling(found[0]), *found[1:]) if isinstance(found, tuple) else telling(found)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Nothing."""
@@ -40,6 +54,9 @@ class Trainer(SFTTrainer):
             self.control.should_training_stop = True
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._due = self._due or self.control.should_save
+        self.control.should_save = self._due and not self.selective.bad_steps
+        self._due = self._due and not self.control.should_save
         self.control.should_log = self.control.should_log or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
@@ -59,6 +76,17 @@ class Trainer(SFTTrainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         seen = [line["num_tokens"] for line in self.state.log_history if "num_tokens" in line]
         self._total_train_tokens = int(seen[-1]) if seen else 0
+
+
+def telling(loss: Tensor) -> Tensor:
+    """The loss, times 1; times NaN where it is not finite, which its gradients then are too.
+
+    >>> x = torch.tensor([1.0, float("-inf")], requires_grad=True)
+    >>> telling(-x.log_softmax(0)[1]).backward()
+    >>> x.grad
+    tensor([nan, nan])
+    """
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, torch.nan).to(loss.dtype)
 
 
 def mean_loss(history: Iterable[Mapping[str, Any]]) -> float:

@@ -92,6 +92,9 @@ class Understudy(SelectiveAdamW):
                 self._units, self.exact = counted(self.rule, stored, self.seed)
         super()._start(stats)
 
+    def _check_weights(self) -> None:
+        """There are no values."""
+
     def _take_origins(self) -> None:
         """Values are compared there."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 KINDS = ("element", "row", "column", "block", "matrix", "layer")
@@ -96,6 +97,19 @@ class Unit:
         if len(shape) < 2:
             raise ValueError(f"a {self.kind} needs a matrix: the tensor has shape {shape}.")
         return shape[-1] if self.kind == "row" else shape[-2]
+
+    def of(self, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The sorted ids of the units that hold these entries (int64, row-major) of a tensor of this shape.
+
+        >>> Unit("column").of(torch.tensor([1, 4, 5]), (2, 3))
+        tensor([1, 2])
+        """
+        size = self.numel(shape)
+        if self.kind == "column":
+            columns = shape[-1]
+            entries, size = entries // (size * columns) * columns + entries % columns, 1
+        found: Tensor = torch.unique(entries // max(size, 1))
+        return found
 
     def _block(self, shape: tuple[int, ...]) -> int:
         """The run length in this shape: a tensor smaller than a block is one block."""

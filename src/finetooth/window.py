@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finetooth.base import Replaced
 from finetooth.choosing import ChoosingOptimizer
+from finetooth.gradients import averaged
 from finetooth.scores import gradient
 from finetooth.selection import Selection, among, select
 
@@ -49,3 +50,11 @@ class WatchingOptimizer(ChoosingOptimizer):
         for name, slot in self._slots.items():
             if (held := slot.window) is not None:
                 held.values += Selection(held.index, held.unit, held.shape).gather(full[name]).float()
+
+    def _averaged(self, dense: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same over all ranks, of tensors that DDP was told to leave; every rank must take part for every tensor."""
+        live, routed = self._parameters(), self._gradients
+        names = list(self._ours)
+        if routed is not None:
+            names = [n for n in names or routed.chosen if routed.paused or n not in routed.chosen]
+        return dense if self._cuts else averaged(dense, {n: live[n] for n in names})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from typer.testing import CliRunner, Result
 
 from finetooth.base import open_base
 from finetooth.cli.delta import app
-from finetooth.delta import Delta, DeltaError, apply_folder
+from finetooth.delta import Delta, DeltaError, Origin, apply_folder
 
 from ..format.deltas import same
 
@@ -137,6 +138,29 @@ def test_export_as_an_adapter_and_back(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "merge it first" in refused.stderr and refused.stderr.count("\n") == 1
 
 
+def test_pack_unpack_and_quick(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = folders
+    ok("extract", base, tuned, "-o", tmp_path / "d")
+    coded = ok("extract", base, tuned, "-o", tmp_path / "c", "--code-values")
+    packed = ok("pack", tmp_path / "d", "-o", tmp_path / "p", "--base", base)
+    assert (tmp_path / "p").read_bytes() == (tmp_path / "c").read_bytes() and coded["codings"] == packed["codings"]
+    plain = ok("unpack", tmp_path / "c", "-o", tmp_path / "u", "--base", base)
+    assert set(plain["codings"]) == {"plain + plain"}
+    ok("pack", tmp_path / "u", "-o", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "d").read_bytes()
+    ok("apply", base, tmp_path / "c", "-o", tmp_path / "out", "--inverse", tmp_path / "i", "--quick")
+    assert same(weights(tmp_path / "out"), weights(tuned))
+    assert ok("verify", tmp_path / "out", tmp_path / "d", "--quick")["state"] == "applied"
+    ok("revert", tmp_path / "out", tmp_path / "i", "-o", tmp_path / "r1", "--quick")
+    ok("revert", tmp_path / "out", tmp_path / "c", "--base", base, "-o", tmp_path / "r2", "--quick")
+    assert same(weights(tmp_path / "r1"), weights(base)) and same(weights(tmp_path / "r2"), weights(base))
+    refused = run("apply", tuned, tmp_path / "d", "-o", tmp_path / "x", "--quick")
+    assert refused.exit_code == 2 and "already applied" in refused.stderr
+    assert run("pack", tmp_path / "d", "-o", tmp_path / "p").exit_code == 2  # it exists
+    assert run("pack", tmp_path / "d", "-o", tmp_path / "w", "--base", tuned).exit_code == 2
+    assert not (tmp_path / "w").exists()
+
+
 def test_bad_input_is_one_line_and_exit_code_2(folders: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = folders
     ok("extract", base, tuned, "-o", tmp_path / "d")
@@ -182,6 +206,17 @@ def test_tables_for_people(folders: tuple[Path, Path], tmp_path: Path) -> None:
     result = run("extract", *folders, "-o", tmp_path / "d")
     assert "changed" in result.stdout
     assert "share" in run("info", tmp_path / "d").stdout
+
+
+def test_a_terminal_is_not_told_what_to_do(tmp_path: Path) -> None:
+    """What a file calls its base is shown, and not obeyed."""
+    delta = Delta.extract({"w": torch.ones(2)}, {"w": torch.zeros(2)})
+    replace(delta, base=Origin("\x1b[2Jorg/name")).save(tmp_path / "d")
+    shown = run("info", tmp_path / "d")
+    refused = run("revert", tmp_path, tmp_path / "d", "-o", tmp_path / "x")
+    assert shown.exit_code == 0 and refused.exit_code == 2
+    for text in (shown.output, refused.output):
+        assert "\x1b" not in text and r"\x1b[2Jorg/name" in text
 
 
 def test_gpt2_in_memory_and_on_disk(tmp_path: Path) -> None:

@@ -119,9 +119,9 @@ def test_another_base_is_refused(run: tuple[Path, Any], tmp_path: Path) -> None:
 def test_bad_input_before_a_weight_is_read(
     changes: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetooth import jobs
+    from finetooth import pretrained
 
-    monkeypatch.setattr(jobs, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(pretrained, "AutoModelForCausalLM", None)
     assert said in refused("eval", recipe(tmp_path), *changes)
 
 
@@ -209,9 +209,9 @@ def test_the_harness_alone_and_limited(run: tuple[Path, Any], tmp_path: Path) ->
 @pytest.mark.slow  # the harness reads 14,000 task files
 def test_an_unknown_task_is_named_before_a_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="the harness is an extra: pip install 'finetooth[eval]'")
-    from finetooth import jobs
+    from finetooth import pretrained
 
-    monkeypatch.setattr(jobs, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(pretrained, "AutoModelForCausalLM", None)
     said = refused("eval", recipe(tmp_path), "--tasks", "arc_esay")
     assert "'arc_esay'" in said and "Did you mean 'arc_easy'" in said
     assert "is no folder" in refused("eval", recipe(tmp_path), "--tasks", "arc_easy", "--include", tmp_path / "nowhere")

@@ -137,11 +137,11 @@ def test_exact_match_counts_all_that_were_to_be_asked() -> None:
 def test_exact_match_on_texts_is_refused_before_the_model_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetooth import jobs, train
+    from finetooth import pretrained, train
     from finetooth.recipe import load
 
     (tmp_path / "rows.jsonl").write_text('{"text": "Once upon a time"}\n')
-    monkeypatch.setattr(jobs, "AutoModelForCausalLM", None)
+    monkeypatch.setattr(pretrained, "AutoModelForCausalLM", None)
     with pytest.raises(ValueError, match="texts only"):
         train.train(load(recipe(tmp_path, data={"eval": "rows.jsonl"})))
 

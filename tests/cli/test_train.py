@@ -105,7 +105,7 @@ def test_a_killed_run_resumes_to_the_same_bits(row: str, tmp_path: Path) -> None
     shared = {"method": {"name": row, "keep": keep}, "evaluate": {"task": "none"}}
     train = {"max_steps": 60, "checkpoint_every": 5, "batch_size": 2, "accumulate": 1, "max_length": 64}
     file = recipe(tmp_path, **shared, train=train)
-    command = [sys.executable, "-m", "finetooth.cli", "train", str(file)]
+    command = [sys.executable, "-m", "finetooth", "train", str(file)]
     run, straight = tmp_path / "run", tmp_path / "straight"
     with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
         while process.poll() is None and not (run / "checkpoints" / "checkpoint-5" / "trainer_state.json").exists():
@@ -129,7 +129,7 @@ BAD = [
     (["data.train=${NOT_SET_ANYWHERE}/x"], "NOT_SET_ANYWHERE is not set"),
     (["model=embedded:llama"], "the package has"),
     (["model=./nowhere/at/all"], "neither a folder"),
-    (["train.precision=int4"], "'fp32' or 'bf16'"),
+    (["train.precision=int4"], "'fp32', 'bf16'"),
     (["train.max_length=100000"], "more than the model's context"),
     (["train.max_length=4"], "none of the 24 rows has a token left to learn"),
     (["method.keep=1.5"], "out of range"),

@@ -161,7 +161,10 @@ def finetooth(words: list[str], run: bool) -> Found:
 
 
 def script(words: list[str]) -> Found:
-    """The script is in the repository, and knows the options that follow it."""
+    """The script, or module, is in the repository, and knows the options that follow it."""
+    if "-m" in words[:-1]:
+        at = words.index("-m") + 1
+        words = [*words[:at], words[at].replace(".", "/") + ".py", *words[at + 1 :]]
     at = next((i for i, word in enumerate(words) if word.endswith(".py")), None)
     if at is None or not (ROOT / words[at]).is_file():
         return "there is no such script in the repository"

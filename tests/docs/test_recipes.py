@@ -4,55 +4,27 @@ from __future__ import annotations
 
 import json
 import re
-import types
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 import pytest
 import yaml
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from finetooth import METHODS
 from finetooth.assemble import check_options
 from finetooth.recipe import Recipe
+from finetooth.schema import keys, takes
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
-WORDS = {str: "text", int: "whole number", float: "number", bool: "true or false", dict: "mapping"}
-SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
-
-
-def keys(part: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key that a recipe may have, dotted."""
-    for name, field in part.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from keys(inner, f"{before}{name}.")
-        else:
-            yield before + name, field
-
 
 KEYS = list(keys(Recipe))
 
 
-def kind(annotation: Any) -> str:
-    """A type in the words of the page."""
-    origin, args = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        return ", ".join(f"`{word}`" for word in args)
-    if origin in (Union, types.UnionType, tuple) and args[1:] != (...,):
-        return ", ".join(kind(arg) for arg in args if arg is not type(None))
-    if origin is list or args[1:] == (...,):
-        return f"list of {kind(args[0])}s"
-    return WORDS[origin or annotation]
-
-
 def line(key: str, field: FieldInfo) -> str:
     """What the page says of a key, up to its meaning."""
-    limits = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in SIGNS.items() if hasattr(m, name)]
     default = f"`{spelled(field.default)}`" if not field.is_required() else "required"
-    return f"| `{key}` | {' '.join([kind(field.annotation), ' and '.join(limits)]).strip()} | {default} |"
+    return f"| `{key}` | {takes(field, '`')} | {default} |"
 
 
 def spelled(value: Any) -> str:

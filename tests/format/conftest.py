@@ -15,5 +15,5 @@ from .deltas import Weights, make
 def saved(tmp_path: Path) -> tuple[Path, Weights, Weights]:
     base, tuned = make()
     path = tmp_path / "delta.safetensors"
-    Delta.extract(tuned, base, recipe={"lr": 0.1}, method="gmt").save(path)
+    Delta.extract(tuned, base, recipe={"lr": 0.1}, method="gmt").save(path, plain=True)
     return path, base, tuned

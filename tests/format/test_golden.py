@@ -4,29 +4,93 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import runpy
 import struct
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
 
-from finetooth.base import fingerprint
+from finetooth.base import bits, fingerprint
+from finetooth.coding import INDEX, VALUES
 from finetooth.delta import Delta
 
 from .deltas import same
-from .golden.make import base, delta, tuned
+from .golden.make import base, delta, second, second_base, second_tuned, tuned
 
-GOLDEN = Path(__file__).parent / "golden" / "golden.safetensors"
-SHA256 = "aff42d841239e016d8e02c102637141c98cba5220fcffae172a3610562d3601e"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = FOLDER / "golden.safetensors"  # version 1
+SHA256 = {
+    "golden": "aff42d841239e016d8e02c102637141c98cba5220fcffae172a3610562d3601e",
+    "portable-2": "9be71b6cbda54984aa11a7bba4d75b7c6fb2568668ec14e3f4d4ad592f92355a",
+    "against-2": "08389166e2b837507ceb5c7e298211f44f3bf28c8984e00bf21e192a5690b8b9",
+}
 
 
-def test_the_file_is_the_one_that_was_committed() -> None:
-    assert hashlib.sha256(GOLDEN.read_bytes()).hexdigest() == SHA256
+@pytest.mark.parametrize("name", SHA256)
+def test_the_file_is_the_one_that_was_committed(name: str) -> None:
+    assert hashlib.sha256((FOLDER / f"{name}.safetensors").read_bytes()).hexdigest() == SHA256[name]
 
 
 def test_today_s_writer_gives_the_same_bytes(tmp_path: Path) -> None:
     for i, d in enumerate([delta(), Delta.load(GOLDEN)]):
-        d.save(tmp_path / str(i))
+        d.save(tmp_path / str(i), plain=True)
         assert (tmp_path / str(i)).read_bytes() == GOLDEN.read_bytes()
+    portable, against = (FOLDER / f"{name}-2.safetensors" for name in ("portable", "against"))
+    for i, d in enumerate([second(), Delta.load(portable), Delta.load(against).portable(second_base())]):
+        d.save(tmp_path / f"p{i}")
+        assert (tmp_path / f"p{i}").read_bytes() == portable.read_bytes()
+        d.save(tmp_path / f"a{i}", against=second_base())
+        assert (tmp_path / f"a{i}").read_bytes() == against.read_bytes()
+    Delta.load(against).save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == against.read_bytes()
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", ["portable-2", "against-2"])
+def test_today_s_reader_reads_version_2(name: str, quick: bool) -> None:
+    x, golden = second_base(), Delta.load(FOLDER / f"{name}.safetensors")
+    assert golden.verify(x, quick=quick) == "base"
+    inverse = golden.apply(x, quick=quick)
+    assert same(x, second_tuned())
+    assert golden.verify(x, quick=quick) == "applied"
+    inverse.apply(x, quick=quick)
+    assert same(x, second_base())
+
+
+def test_the_golden_files_hold_every_coding() -> None:
+    found = {name: Delta.load(FOLDER / f"{name}-2.safetensors").info()["codings"] for name in ("portable", "against")}
+    parts = [part for codings in found.values() for coding in codings for part in enumerate(coding.split(" + "))]
+    assert {coding for at, coding in parts if at == 0} == set(INDEX)
+    assert {coding for at, coding in parts if at == 1} == set(VALUES)
+
+
+def test_the_reader_for_others_reads_all_of_them() -> None:
+    """examples/read_delta.py, which needs numpy and safetensors only, and is short."""
+    source = (EXAMPLES / "read_delta.py").read_text(encoding="utf-8")
+    assert len(source.splitlines()) < 100
+    assert set(re.findall(r"^(?:import|from) (\w+)", source, re.M)) == {
+        "json", "struct", "sys", "pathlib", "numpy", "safetensors"
+    }  # fmt: skip
+    reader = runpy.run_path(str(EXAMPLES / "read_delta.py"))
+    for file, old, new in (
+        ("golden", base(), tuned()), ("portable-2", second_base(), second_tuned()),
+        ("against-2", second_base(), second_tuned()),
+    ):  # fmt: skip
+        changes, _ = reader["read"](FOLDER / f"{file}.safetensors")
+        assert changes.keys() == old.keys()
+        for name, (entry, where, stream) in changes.items():
+            got = reader["apply"](entry, where, stream, words(old[name]))
+            assert np.array_equal(got, words(new[name])), (file, name)
+
+
+def words(t: torch.Tensor) -> np.ndarray:
+    """Bit patterns, as the example wants them."""
+    return bits(t).numpy().view(f"u{t.element_size()}")
 
 
 def test_today_s_reader_reads_it() -> None:

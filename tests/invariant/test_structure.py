@@ -21,8 +21,8 @@ PACKAGE = SRC / "finetooth"
 
 # From low to high. A module may import its own level and those below; a cycle is never allowed.
 LEVELS = (
-    {"units", "kernels", "shards", "quantize", "files"},
-    {"selection", "weight", "rule", "pieces", "saved"},
+    {"units", "kernels", "shards", "quantize", "files", "nearest", "schema"},
+    {"ranked", "selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
     {
         "optim",
@@ -38,11 +38,27 @@ LEVELS = (
         "linear",
         "window",
     }
-    | {"codec", "diff", "delta", "meter", "reverted", "reference", "shira"},
-    {"method", "methods", "spelled", "assemble"},
-    {"recipe", "embedded", "data", "answers"},
+    | {
+        "coding",
+        "codec",
+        "made",
+        "manifest",
+        "archive",
+        "diff",
+        "fit",
+        "delta",
+        "meter",
+        "reverted",
+        "reference",
+        "shira",
+        "serve",
+    }
+    | {"moves", "merging", "conflicting", "contrast", "chain", "switch"},
+    {"method", "methods", "spelled", "exclude", "assemble"},
+    {"recipe", "embedded", "data", "answers", "pretrained"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
-    | {"card", "generated", "hub", "overlap", "preflight", "harness", "appraisal"},
+    | {"generated"}
+    | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},

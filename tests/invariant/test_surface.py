@@ -23,11 +23,11 @@ UPDATE = "FINETOOTH_UPDATE_SNAPSHOTS"
 NAMES = {
     "METHODS", "Method", "build", "SelectiveAdamW", "Rule", "Selection", "Unit", "Weight", "select",
     "Delta", "DeltaError", "WrongBase", "FrozenMoved", "NonFiniteError", "NotWritten", "Reference", "SelectiveCallback",
-    "last_good", "saving", "seal", "__version__",
+    "last_good", "saving", "seal", "merge", "conflicts", "compose", "link", "trim", "DeltaSwitch", "__version__",
 }  # fmt: skip
 BUILD = [
     "method", "model", "lr", "keep", "weight_decay", "max_grad_norm", "seed", "targets", "gradients", "rounding",
-    "calibration", "base", "overrides",
+    "calibration", "base", "exclude", "overrides",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A full disk stops a run with a clear message, and the last complete checkpoint is intact.
+"""A full disk stops a run with a clear message, and the last complete checkpoint is intact; no folder is half there.
 
 The disk is a real one: a small tmpfs, where mounting is allowed. Elsewhere a limit on the size of files has to do, which is not
 the same error ("File too large") but comes at the same places.
@@ -14,10 +14,12 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import Result
 
 import finetooth
 from finetooth.cli.main import app
@@ -143,3 +145,69 @@ def test_deltas_and_results_name_the_file(tmp_path: Path) -> None:
             write_json(out / "results.json", {"sample": "?" * 10_000})
         (out / "filler").unlink()
         assert not list(out.iterdir())
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, Path]:
+    """A base in four shards of a megabyte, and a delta of it."""
+    base = {f"w{i}": torch.zeros(1 << 18) for i in range(4)}
+    (tmp_path / "base").mkdir()
+    for name, t in base.items():
+        save_file({name: t}, tmp_path / "base" / f"{name}.safetensors")
+    where = {name: f"{name}.safetensors" for name in base}
+    write_json(tmp_path / "base" / "model.safetensors.index.json", {"metadata": {}, "weight_map": where})
+    finetooth.Delta.extract({n: t + 1 for n, t in base.items()}, base).save(tmp_path / "delta")
+    return tmp_path / "base", tmp_path / "delta"
+
+
+COMMANDS = {
+    "apply": "apply {base} {delta} --out {out}/new --inverse {out}/inverse",
+    "export": "export {delta} --base {base} --to {out}/new",
+    "patches": "export {delta} --as patches --to {out}/new",
+    "extract": "extract {base} {tuned} --out {out}/new",
+}
+
+
+def command(name: str, made: tuple[Path, Path], out: Path) -> Result:
+    tuned = made[0].with_name("tuned")
+    if name == "extract" and not tuned.exists():
+        assert runner.invoke(app, ["delta", "apply", *map(str, made), "--out", str(tuned)]).exit_code == 0
+    words = COMMANDS[name].format(base=made[0], delta=made[1], tuned=tuned, out=out).split()
+    return runner.invoke(app, ["delta", *words])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("leave", [0, 1 << 20, 3 << 20])
+def test_a_folder_is_whole_or_not_there(name: str, leave: int, made: tuple[Path, Path], tmp_path: Path) -> None:
+    """`leave`: bytes that are free; every command needs four megabytes or more."""
+    with disk(tmp_path / "disk", 40 << 20) as out:
+        fill(out, leave)
+        result = command(name, made, out)
+        assert result.exit_code == 1 and "could not be written" in result.stderr, result.output
+        assert "free in" in result.stderr and result.stderr.count("\n") == 1
+        if name == "export":
+            assert "it takes 4,1" in result.stderr  # four shards and their headers
+        assert [p.name for p in out.iterdir()] == ["filler"]
+        (out / "filler").unlink()
+        result = command(name, made, out)
+        assert result.exit_code == 0, result.output
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There was room when it was asked for; somebody else takes it after the second shard."""
+    real, copied = shutil.copyfile, []
+
+    def copy(src: str, dst: str, **how: Any) -> Any:
+        copied.append(src)
+        if len(copied) == 3:
+            fill(tmp_path / "disk", 100_000)
+        return real(src, dst, **how)
+
+    with disk(tmp_path / "disk", 40 << 20) as out:
+        monkeypatch.setattr(shutil, "copyfile", copy)
+        result = command("export", made, out)
+        assert result.exit_code == 1 and "new could not be written: the disk is full (" in result.stderr, result.output
+        assert "needed in all)" in result.stderr
+        assert [p.name for p in out.iterdir()] == ["filler"]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetooth.cli import delta, demo, methods, plan, push, train
+from finetooth.cli import delta, demo, methods, plan, push, survival, train
 from finetooth.cli import eval as evaluation
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app.command()(train.train)
 app.command(name="eval")(evaluation.evaluate)
 app.command()(methods.methods)
 app.command()(push.push)
+delta.app.command()(survival.survives)
 app.add_typer(delta.app)
 app.add_typer(train.data)
 

@@ -44,8 +44,13 @@ def clean_errors() -> Iterator[None]:
 
 
 def _stop(message: str, code: int) -> None:
-    typer.echo(f"error: {message}", err=True)
+    typer.echo(f"error: {printable(message)}", err=True)
     raise typer.Exit(code)
+
+
+def printable(text: str) -> str:
+    """What a file says of itself, without what a terminal would obey: those characters as escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def quiet() -> None:
@@ -179,12 +184,74 @@ def preview(found: dict[str, Any], as_json: bool) -> None:
         console.print(Text(f"note: {remark}"))
 
 
+def conflicts(found: dict[str, Any], as_json: bool, tensors: bool) -> None:
+    """What several deltas change in common, by layer or by tensor; what is free of it is one line."""
+    if as_json:
+        _json(found)
+        return
+    table = Table(title="conflicts", title_justify="left")
+    table.add_column("tensor" if tensors else "layer", overflow="fold")
+    for name in (found["counted"], "by several", "share", "opposed"):
+        table.add_column(name, justify="right")
+    rows, free = found["tensors" if tensors else "layers"], 0
+    for row in (*rows, {**found, "name": "all"}):
+        if row["overlap"] or row["name"] == "all":
+            opposed = "–" if row["opposed"] is None else f"{row['opposed']:,}"
+            table.add_row(
+                Text(row["name"]), f"{row['changed']:,}", f"{row['overlap']:,}", f"{row['share']:.2%}", opposed
+            )
+        else:
+            free += 1
+    console = Console(file=sys.stdout)
+    console.print(table)
+    if free:
+        console.print(f"{free} more without any")
+
+
+def contrast(found: dict[str, Any], as_json: bool) -> None:
+    """Two deltas side by side, tensor by tensor."""
+    if as_json:
+        _json(found)
+        return
+    table = Table(title=f"entries {found['counted']}", title_justify="left")
+    table.add_column("tensor", overflow="fold")
+    for name in ("A only", "B only", "both, equal", "both, different", "cosine"):
+        table.add_column(name, justify="right")
+    for row in (*found["tensors"], {**found, "name": "all"}):
+        counts = [f"{row[key]:,}" for key in ("first", "second", "same", "different")]
+        table.add_row(Text(row["name"]), *counts, figure(row["cosine"]))
+    Console(file=sys.stdout).print(table)
+
+
+def survival(found: dict[str, Any], as_json: bool) -> None:
+    """What quantization leaves of a delta: a row for every kind of module, and the losses of four models."""
+    if as_json:
+        _json(found)
+        return
+    console = Console(file=sys.stdout)
+    table = Table(title=f"in {found['to']}", title_justify="left")
+    for name in ("", "changed", "survived", "share", "moved"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, g in (*found["groups"].items(), ("all", found)):
+        share = f"{g['survived'] / g['changed']:.1%}" if g["changed"] else "–"
+        wide = "" if g.get("quantized", True) else " (not quantized)"
+        table.add_row(Text(name + wide), f"{g['changed']:,}", f"{g['survived']:,}", share, f"{g['moved']:,}")
+    console.print(table)
+    for key in ("text", "recipe"):
+        if key in found:
+            four = found[key]
+            losses = Table("", *four, title=f"measured on the {key}", title_justify="left")
+            for name in four["base"]:
+                losses.add_row(Text(_title(name)), *(figure(numbers[name]) for numbers in four.values()))
+            console.print(losses)
+
+
 def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
     """Names and values, as a table or as JSON on stdout."""
     if as_json:
         _json(found)
         return
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=Text(printable(title)), show_header=False, title_justify="left")
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for key, value in found.items():
@@ -194,6 +261,10 @@ def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
 
 
 def _fact(key: str, value: Any) -> str:
+    return printable(_said(key, value))
+
+
+def _said(key: str, value: Any) -> str:
     if key == "share":
         return f"{value:.4%}"
     if isinstance(value, bool):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetooth.nearest import hint
+
 PREFIX = "embedded:"
 FILES = {
     "stories260K": "models/stories260K",
@@ -25,6 +27,6 @@ def path(name: str) -> Path:
     short = name.removeprefix(PREFIX)
     if short not in FILES:
         raise ValueError(
-            f"there is no {PREFIX}{short}: the package has {', '.join(PREFIX + known for known in FILES)}."
+            f"there is no {PREFIX}{short}: the package has {', '.join(PREFIX + known for known in FILES)}.{hint(short, FILES)}"
         )
     return Path(__file__).parent / FILES[short]

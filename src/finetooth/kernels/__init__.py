@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from finetooth.nearest import hint
+
 BACKENDS = {"reference": "any device", "numba": "CPU, extra 'cpu'", "triton": "CUDA"}
 OPS = (
     "adamw_at_",
@@ -59,7 +61,9 @@ def check(backend: str, device: str = "cpu") -> None:
     if backend == "auto":
         return
     if backend not in BACKENDS:
-        raise NoKernel(f"kernel backend {backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}.")
+        raise NoKernel(
+            f"kernel backend {backend!r} is unknown: choose one of auto, {', '.join(BACKENDS)}.{hint(backend, ['auto', *BACKENDS])}"
+        )
     if _module(backend) is None:
         raise NoKernel(f"kernel backend {backend!r} is not installed ({BACKENDS[backend]}).")
     if {"numba": "cpu", "triton": "cuda"}.get(backend, device) != device and not _interpreted(backend):

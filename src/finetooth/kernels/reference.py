@@ -269,9 +269,17 @@ def uniform(n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
     out = torch.empty(n, dtype=torch.float32, device=device)
     for start in range(0, n, CHUNK):
         stop = min(n, start + CHUNK)
-        bits = hash64(torch.arange(start, stop, device=device), key)
-        out[start:stop] = _shift(bits, 40).float() * 2.0**-24
+        out[start:stop] = uniform_at(torch.arange(start, stop, device=device), key)
     return out
+
+
+def uniform_at(position: Tensor, key: int) -> Tensor:
+    """The numbers that `uniform` has at these int64 positions, float32.
+
+    >>> uniform_at(torch.tensor([2]), key(0, "a")) == uniform(3, key(0, "a"))[2]
+    tensor([True])
+    """
+    return _shift(hash64(position, key), 40).float() * 2.0**-24
 
 
 def normal(first: int, n: int, key: int, device: torch.device | str = "cpu") -> Tensor:
