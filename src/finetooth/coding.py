@@ -108,7 +108,9 @@ def _walk(coding: str, stream: Ints, count: int, units: int, out: Ints | None) -
             continue
         low, high = int(ids[0]), int(ids[-1])
         if low < 0 or high >= units:
-            raise ValueError(f"is out of range: [{min(low, max(last, 0))}, {high}], the tensor has {units} units.")
+            raise ValueError(
+                f"is out of range: [{low if last < 0 else min(low, last)}, {high}], the tensor has {units} units."
+            )
         if low <= last or (coding == "plain" and not bool((ids[1:] > ids[:-1]).all())):
             raise ValueError("is not strictly increasing (unsorted, or a unit twice).")
         if n + ids.size > count:

@@ -59,9 +59,9 @@ def test_wandb_shows_the_same_and_leaves_stdout_alone(tmp_path: Path) -> None:
 def test_a_reporter_that_cannot_work_is_refused(
     names: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetooth import jobs
+    from finetooth import pretrained
 
-    monkeypatch.setattr(jobs, "AutoTokenizer", None)
+    monkeypatch.setattr(pretrained, "AutoTokenizer", None)
     result = runner.invoke(app, ["train", str(recipe(tmp_path, train={"report_to": names}))])
     assert result.exit_code == 2 and says in result.stderr and not (tmp_path / "run").exists()
 

@@ -136,7 +136,7 @@ def _golden() -> Iterator[Seed]:
     from tests.format.golden import make
 
     for path in sorted(Path(make.__file__).parent.glob("*.safetensors")):
-        yield Seed(path.read_bytes(), make.base())
+        yield Seed(path.read_bytes(), make.second_base() if path.stem.endswith("-2") else make.base())
 
 
 # -- one file -----------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Moments:
             self.before(Path, name)
         self.half(checkpoint.shutil, "copyfile", lambda src, dst, **_: Path(dst))
         self.half(checkpoint, "_overwrite", lambda file, *_: Path(file))
-        self.half(codec, "write", lambda parts, path, *_: Path(path))
+        self.half(codec.Writer, "finish", lambda _, parts, path: Path(path))
 
 
 def attempt(words: list[str], at: int = 0) -> bool:

@@ -137,105 +137,66 @@ def finetooth_train(row: str, out: Path) -> Ended:
     return Ended(model, state, [json.loads(line) for line in lines])
 
 
-def trainer(row: str, out: Path) -> Ended:
-    """An unmodified `transformers.Trainer`."""
+def through(kind: Any, args: Any, row: str, out: Path, data: list[dict[str, Any]], **more: Any) -> Ended:
+    """An unmodified trainer; `reference` in `more` is made of the model and its optimizer."""
     model, tokenizer = model_and_tokenizer()
     opt = optimizer(row, model, tokenizer)
-    made = Trainer(
+    if reference := more.pop("reference", None):
+        more["ref_model"] = reference(model, opt)
+    made = kind(
         model,
-        TrainingArguments(str(out), **SHARED),
-        DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        Dataset.from_list(tokens(tokenizer)),
+        args=args,
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
         optimizers=(opt, None),
         callbacks=[SelectiveCallback(opt)],
+        **more,
     )
     made.train(resume_from_checkpoint=finetooth.last_good(out))
     return Ended(model, opt.state_dict(), [])
+
+
+def trainer(row: str, out: Path) -> Ended:
+    """`transformers.Trainer`."""
+    tokenizer = model_and_tokenizer()[1]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return through(Trainer, TrainingArguments(str(out), **SHARED), row, out, tokens(tokenizer), data_collator=collator)
 
 
 def sft(row: str, out: Path) -> Ended:
-    """An unmodified `trl.SFTTrainer`, with the gradient checkpointing that is its default."""
-    model, tokenizer = model_and_tokenizer()
-    opt = optimizer(row, model, tokenizer)
-    made = SFTTrainer(
-        model,
-        SFTConfig(str(out), max_length=64, **SHARED),
-        train_dataset=Dataset.from_list(rows()),
-        processing_class=tokenizer,
-        optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt)],
-    )
-    made.train(resume_from_checkpoint=finetooth.last_good(out))
-    return Ended(model, opt.state_dict(), [])
+    """`trl.SFTTrainer`, with the gradient checkpointing that is its default."""
+    return through(SFTTrainer, SFTConfig(str(out), max_length=64, **SHARED), row, out, rows())
 
 
 def dpo(row: str, out: Path) -> Ended:
-    """An unmodified `trl.DPOTrainer`."""
-    model, tokenizer = model_and_tokenizer()
-    opt = optimizer(row, model, tokenizer)
-    made = DPOTrainer(
-        model,
-        ref_model=model_and_tokenizer()[0],
-        args=DPOConfig(str(out), max_length=64, **SHARED),
-        train_dataset=Dataset.from_list(pairs()),
-        processing_class=tokenizer,
-        optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt)],
-    )
-    made.train(resume_from_checkpoint=finetooth.last_good(out))
-    return Ended(model, opt.state_dict(), [])
+    """`trl.DPOTrainer`, with a second model as its reference."""
+    args = DPOConfig(str(out), max_length=64, **SHARED)
+    return through(DPOTrainer, args, row, out, pairs(), ref_model=model_and_tokenizer()[0])
 
 
 def kto(row: str, out: Path) -> Ended:
-    """An unmodified `trl.KTOTrainer`, whose reference is the policy with its delta taken off."""
-    model, tokenizer = model_and_tokenizer()
-    opt = optimizer(row, model, tokenizer)
-    made = KTOTrainer(
-        model,
-        finetooth.Reference(model, opt),
-        args=KTOConfig(str(out), max_length=64, **SHARED),
-        train_dataset=Dataset.from_list(pairs()),
-        processing_class=tokenizer,
-        optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt)],
-    )
-    made.train(resume_from_checkpoint=finetooth.last_good(out))
-    return Ended(model, opt.state_dict(), [])
+    """`trl.KTOTrainer`, whose reference is the policy with its delta taken off."""
+    args = KTOConfig(str(out), max_length=64, **SHARED)
+    return through(KTOTrainer, args, row, out, pairs(), reference=finetooth.Reference)
 
 
 def orpo(row: str, out: Path) -> Ended:
-    """An unmodified `ORPOTrainer`."""
+    """`ORPOTrainer`, which has no reference."""
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    model, tokenizer = model_and_tokenizer()
-    opt = optimizer(row, model, tokenizer)
-    made = ORPOTrainer(
-        model,
-        args=ORPOConfig(str(out), max_length=64, **SHARED),
-        train_dataset=Dataset.from_list(pairs()),
-        processing_class=tokenizer,
-        optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt)],
-    )
-    made.train(resume_from_checkpoint=finetooth.last_good(out))
-    return Ended(model, opt.state_dict(), [])
+    return through(ORPOTrainer, ORPOConfig(str(out), max_length=64, **SHARED), row, out, pairs())
 
 
 def grpo(row: str, out: Path) -> Ended:
-    """An unmodified `trl.GRPOTrainer`, which samples its texts from the policy."""
-    model, tokenizer = model_and_tokenizer()
-    opt = optimizer(row, model, tokenizer)
-    made = GRPOTrainer(
-        model,
-        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=GRPOConfig(str(out), num_generations=2, max_completion_length=8, **SHARED),
-        train_dataset=Dataset.from_list([{"prompt": row["prompt"][:40]} for row in rows()]),
-        processing_class=tokenizer,
-        optimizers=(opt, None),
-        callbacks=[SelectiveCallback(opt)],
-    )
-    made.train(resume_from_checkpoint=finetooth.last_good(out))
-    return Ended(model, opt.state_dict(), [])
+    """`trl.GRPOTrainer`, which samples its texts from the policy."""
+    args = GRPOConfig(str(out), num_generations=2, max_completion_length=8, **SHARED)
+    prompts = [{"prompt": row["prompt"][:40]} for row in rows()]
+    return through(GRPOTrainer, args, row, out, prompts, reward_funcs=different_letters)
+
+
+def different_letters(completions: list[str], **_: Any) -> list[float]:
+    """A reward."""
+    return [float(len(set(text))) for text in completions]
 
 
 def pairs() -> list[dict[str, str]]:
