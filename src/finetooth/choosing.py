@@ -159,9 +159,11 @@ class ChoosingOptimizer(SavedOptimizer):
         assert self.rule is not None
         live = self._live()
         weights = (self._weight(n, p, grads.get(n), stats.get(n)) for n, p in live.items())  # let go of pool by pool
-        found = select(self.rule, weights)
-        for name, selection in found.items():
-            slot, here = self._slots[name], self._here(name, selection)
+        found = {name: self._here(name, selection) for name, selection in select(self.rule, weights).items()}
+        if self.rest.kind != "reset":  # there, what rests is the base
+            self._renew_rests(found)
+        for name, here in found.items():
+            slot = self._slots[name]
             slot.follow(here, live[name], self.rest.kind == "reset", self._remembers(slot), self._masters)
             slot.window = None
         self._count_chosen()

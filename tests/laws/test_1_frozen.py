@@ -1,5 +1,7 @@
 """Law 1: weights outside the selection are what `rest` says, bit for bit, with decay, clipping and momentum on."""
 
+import copy
+
 import pytest
 import torch
 
@@ -45,6 +47,34 @@ def test_verify_frozen_sees_one_bit(row: str) -> None:
         p[tuple(at)] = torch.nextafter(p[tuple(at)], torch.tensor(9.0))
     with pytest.raises(RuntimeError, match=name):
         opt.verify_frozen()
+
+
+@pytest.mark.parametrize("known", ["replaced", "base"])
+@pytest.mark.parametrize("row", AGAIN)
+def test_verify_frozen_sees_what_trained_and_rests(row: str, known: str) -> None:
+    """A weight whose turn is over: one bit of it is seen at once, in a resumed run, and when it has a turn again."""
+    model, given = Toy(), {"lr": 0.2, "seed": 1}  # the smallest do not stay the smallest, and lots fall on both layers
+    base = snapshot(model)
+    opt = build(row, model, base=base if known == "base" else None, **given)
+    list(train(model, opt, batches(8)))
+    opt.verify_frozen()
+    again = build(row, Toy(), base=base if known == "base" else None, **given)
+    again.load_state_dict(copy.deepcopy(opt.state_dict()))
+    rests = {n: (model.get_parameter(n) != base[n]) & ~s.mask() for n, s in opt.selections().items()}
+    name, at = next((n, places.nonzero()[0]) for n, places in rests.items() if places.any())
+    p = model.get_parameter(name)
+    before = p[tuple(at)].clone()
+    with torch.no_grad():
+        p[tuple(at)] = torch.nextafter(before, torch.tensor(9.0))
+    with pytest.raises(RuntimeError, match=f"{name}.*when its rest began"):
+        opt.verify_frozen()
+    for n, q in again._model.named_parameters():
+        q.data.copy_(model.get_parameter(n))
+    with pytest.raises(RuntimeError, match=f"{name}.*when its rest began"):
+        again.verify_frozen()
+    for _ in train(model, opt, batches(4)):
+        with pytest.raises(RuntimeError, match=f"{name}.*when its rest began"):
+            opt.verify_frozen()
 
 
 @pytest.mark.parametrize("row", ROWS)
