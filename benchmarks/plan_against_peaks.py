@@ -24,7 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "plan_against_peaks.csv"
-METHODS = ("full", "gmt", "gmt-strict", "dst", "gift-sw", "hft", "random", "grad", "snip", "magnitude")
+METHODS = ("full", "gmt", "gmt-strict", "dst", "gift-sw", "hft", "random", "grad", "snip", "magnitude", "nano", "fish")
+METHODS += ("lift", "ssu", "spectrum", "rows", "spiel", "lisa", "badam")
 TOKENS = {"1M": (8, 256), "10M": (8, 256), "35M": (4, 256), "107M": (2, 256), "300M": (2, 128)}
 
 
@@ -55,10 +56,12 @@ def rows(folder: Path, length: int) -> Path:
 
 def line(args: argparse.Namespace, folder: Path, size: str, method: str, checkpointing: bool) -> dict[str, Any]:
     batch, length = TOKENS[size]
+    data = str(rows(folder, length))
+    needed: dict[str, dict[str, Any]] = {"ssu": {"calibration": data}, "rows": {"rows": "100-131"}}
     recipe = {
         "model": str(folder / size),
-        "method": {"name": method, "calibration_rows": batch},
-        "data": {"train": str(rows(folder, length))},
+        "method": {"name": method, "calibration_rows": batch, **needed.get(method, {})},
+        "data": {"train": data},
         "train": {
             "batch_size": batch,
             "max_length": length,

@@ -147,11 +147,11 @@ _ROWS = (
         calibration=("grad_square",),
         deviations=(
             "Squares are of single rows' gradients, added up over the calibration rows: a row at a time, whatever the batches are.",
-            "Gradients are of the loss of the given labels (the empirical Fisher). The published code can also take the expectation "
+            "Gradients are of the loss of the given labels (the empirical Fisher), as in the published scripts. Their code can also take the expectation "
             "over the model's own outputs, which for a vocabulary is out of reach.",
             "One budget for all that takes part: the linear, Conv1D and expert weights of the blocks. The paper's is of all parameters "
             "(targets='all'), with the new classifier always in.",
-            "keep=0.005 and 1,024 rows are the paper's for GLUE; a recipe calibrates on method.calibration_rows.",
+            "keep=0.005 and 1,024 rows are those of these scripts for GLUE, drawn at random there; here the first method.calibration_rows.",
         ),
     ),
     Method(
@@ -164,12 +164,14 @@ _ROWS = (
         configure=method.lift,
         deviations=(
             *_STATIC,
-            "The paper was read in abstract, with its published code: 5 % of the weights, and rank 128 as that recommends. Its configurations "
-            "choose again every 400 steps, one of them every 10. A budget there is (rows + columns) * 128 entries a matrix, here a share.",
+            "The paper was read in abstract, with its published code: 5 % of the weights, and rank 128 as its page recommends; its configurations "
+            "have 32 to 128 and choose again every 400 steps, one of them every 10. A budget there is (rows + columns) * 128 entries a matrix, "
+            "here a share.",
             "The decomposition is torch.linalg.svd, whole, in float32: the same on every rank and after a resume. It costs about "
             "20 n^3 operations for an n x n matrix, at every choice; a randomized one would be faster, and depend on its draws.",
             "The norms, biases and embeddings, which the published code trains whole, are frozen.",
-            "Units that stay carry their moments and age, new ones start at zero, those that leave keep the value they have.",
+            "Units that stay carry their moments and age, new ones start at zero, those that leave keep the value they have. The code "
+            "corrects the bias of all moments by the steps of the run, also of those that began later.",
             "A matrix of at most that rank is its own approximation.",
         ),
     ),
@@ -182,9 +184,10 @@ _ROWS = (
         source=True,
         deviations=(
             "Calibration batches are of what must not be forgotten, not of the training data: a recipe names them in method.calibration.",
-            "The paper was read in abstract, with its launch script (half of each matrix frozen, 500 source rows of up to 2,048 tokens). "
-            "That a column is an input feature, and its score the sum of |w| * ||x|| over it, is our reading.",
-            "Embeddings, head, norms and biases are frozen; the script's skip_embeddings_and_head leaves the first two out of the shield.",
+            "The paper was read in a summary, with its published code. The score is the paper's, the sum of |w| * ||x|| over a column; the "
+            "code takes the column's 2-norm times the mean of x^2, which ranks otherwise.",
+            "Its launch script has half of each matrix frozen and 500 source rows of up to 2,048 tokens; a recipe has method.calibration_rows.",
+            "Embeddings, head, norms and biases are frozen. There the first two train whole, and of norms and biases the lesser half of entries.",
             "The script also freezes the embeddings of chat-template tokens; here embeddings do not train at all.",
         ),
     ),
@@ -198,7 +201,8 @@ _ROWS = (
             "sigma is their interquartile range over 1.349.",
             "keep=0.5 is the published code's default; the paper reports 25 % and 50 %. The number of matrices is rounded to nearest, at "
             "least one of each kind.",
-            "Embeddings and head always train, as in the configurations that the published code writes; norms and biases are frozen.",
+            "Embeddings and head always train, as in the configurations that the published code writes. Norms and biases are frozen: there "
+            "the norms of the first half of the layers train, as all norms have the same ratio, and the biases of chosen matrices.",
             "Experts stored as one tensor are one matrix, with the mean of their ratios.",
         ),
     ),
@@ -250,9 +254,9 @@ _ROWS = (
         when=every(20),
         deviations=(
             "The paper was read in abstract, with parts of its authors' code (LMFlow): everything outside the layers trains, the final norm "
-            "too. keep=2 is ours, where LMFlow's examples have one layer; every(20) is theirs.",
+            "too. keep=2 and every(20) are that code's defaults; its examples have one layer.",
             "Layers are drawn evenly, without replacement within a draw.",
-            "A layer that rests loses its moments; one that is drawn twice in a row keeps them.",
+            "A layer that rests loses its moments; one that is drawn twice in a row keeps them, where LMFlow's trainer starts them again.",
             "Layers at rest have requires_grad=False, and are drawn between two steps, so that no gradient of theirs is ever computed.",
             "A keep given as a count is one of layers; what lies outside them counts as one, which always trains.",
             "Pretrained values are read where base= says, or from the folder that transformers loaded the model from; else those of "
@@ -269,9 +273,11 @@ _ROWS = (
         configure=method.badam,
         deviations=(
             "every(100) and the random order, drawn again for each round, are those of the published code's page, which also recommends "
-            "rows / (batch * layers), at least 50.",
+            "rows / (batch * layers), at least 50; the code's own defaults are 50 and from the last layer to the first.",
             "A layer is a block. Embeddings, head and the final norm are frozen, as there by default.",
-            "A layer whose turn is over loses its moments, its rest begins between two steps, and its gradient is not computed.",
+            "A layer whose turn is over loses its moments, its rest begins between two steps, and its gradient is not computed. One that ends "
+            "a round and begins the next keeps its moments, which the code clears.",
+            "The first turn is as long as the others; the code's is a step shorter. Weight decay acts on all of a layer, there on no bias.",
             "keep=2 trains two neighbours in the order, and moves on by one: the second keeps its moments.",
             "Pretrained values are read where base= says, or from the folder that transformers loaded the model from; else those of "
             "whatever has trained are held.",
