@@ -1,7 +1,7 @@
 """A loop with accelerate: prepare, accumulate, step. The optimizer clips, so nothing here does.
 
 python examples/accelerate_loop.py                                  # BANKING77, in the package
-accelerate launch examples/accelerate_loop.py --steps 200
+accelerate launch --multi_gpu --num_processes 2 examples/accelerate_loop.py --steps 200
 """
 
 from pathlib import Path
@@ -54,8 +54,11 @@ def main(data: Path = DATA, model: str = MODEL, steps: int = 60) -> None:
             if done == steps:
                 break
     own = opt.optimizer  # accelerate's wrapper has ours inside
-    typer.echo(f"loss: {sum(losses[:10]) / 10:.3f} -> {sum(losses[-10:]) / 10:.3f}, gradient norm {own.grad_norm:.3f}")
-    typer.echo(f"{own.steps} steps; {own.verify_frozen()} tensors checked: nothing moved outside the selection")
+    checked = own.verify_frozen()  # on every rank
+    accelerator.print(
+        f"loss: {sum(losses[:10]) / 10:.3f} -> {sum(losses[-10:]) / 10:.3f}, gradient norm {own.grad_norm:.3f}"
+    )
+    accelerator.print(f"{own.steps} steps; {checked} tensors checked: nothing moved outside the selection")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from tests.laws.toy import DTYPES, ROWS, Toy, batches, build
 
 
 def fsdp2() -> Accelerator:
-    """accelerate takes FSDP on a CPU for DDP, in silence: what it would have set up on a GPU."""
+    """accelerate takes FSDP on a CPU for DDP, in silence: what it would have set up on a GPU, of what its launcher was told."""
     accelerator = Accelerator(cpu=True)
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+    plugin = FullyShardedDataParallelPlugin()
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     assert accelerator.is_fsdp2

@@ -1,4 +1,4 @@
-"""Start a worker on some gloo processes, and wait for all."""
+"""Start a worker on some gloo processes, and wait for all: by hand, or with accelerate's own launcher."""
 
 import os
 import socket
@@ -10,11 +10,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(module: str, *arguments: str, ranks: int = 2) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": paths, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    env = _environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _port()}
     env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     command = [sys.executable, "-m", module, *arguments]
     started = [
@@ -22,3 +18,21 @@ def run(module: str, *arguments: str, ranks: int = 2) -> None:
         for rank in range(ranks)
     ]
     assert [rank.wait(timeout=280) for rank in started] == [0] * ranks
+
+
+def launch(*arguments: str, ranks: int = 2) -> None:
+    """`accelerate launch` with arguments of a user's, on this machine's CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", _port()]
+    subprocess.run([*command, *arguments], cwd=ROOT, env=_environment(), check=True, timeout=280)
+
+
+def _environment() -> dict[str, str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+def _port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])

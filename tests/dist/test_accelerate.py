@@ -1,4 +1,4 @@
-"""FSDP2 through accelerate, which shards after the optimizer is built: the same masks, bits and delta as one process."""
+"""Through `accelerate launch`: FSDP2, sharded after the optimizer is built, is one process to the bit; DDP is the example."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetooth import Delta
-from tests.dist.ranks import run
+from tests.dist.ranks import launch
 from tests.dist.test_5_sharded import plain
 from tests.laws.toy import ROWS, batches, same, snapshot, train
 
@@ -14,7 +14,8 @@ from tests.laws.toy import ROWS, batches, same, snapshot, train
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("accelerate")
-    run("tests.dist.accelerate_worker", str(folder))
+    fsdp2 = ("--use_fsdp", "--fsdp_version", "2", "--fsdp_cpu_ram_efficient_loading", "false")
+    launch(*fsdp2, "-m", "tests.dist.accelerate_worker", str(folder))
     return folder
 
 
@@ -28,3 +29,10 @@ def test_built_before_it_is_sharded(row: str, folder: Path, tmp_path: Path) -> N
     assert all(same(p, other["model"][n]) for n, p in snapshot(model).items())
     Delta.extract(model, opt).save(tmp_path / "delta.safetensors")
     assert (tmp_path / "delta.safetensors").read_bytes() == (folder / f"{row}.safetensors").read_bytes()
+
+
+def test_the_example_under_ddp(capfd: pytest.CaptureFixture[str]) -> None:
+    launch("--multi_gpu", "examples/accelerate_loop.py", "--steps", "4")
+    said = capfd.readouterr().out
+    assert said.count("->") == 1, "of two ranks, one speaks"
+    assert "47 tensors checked: nothing moved" in said
