@@ -96,6 +96,13 @@ def test_what_makes_it_less(tmp_path: Path) -> None:
     assert more["training_peak"] > plain["training_peak"]  # gradients of earlier micro-batches stay
 
 
+def test_a_delta_of_turns_may_hold_every_layer(tmp_path: Path) -> None:
+    """Not only those that a plan sees chosen first."""
+    full, lisa, badam = (call(recipe(tmp_path, method={"name": row})) for row in ("full", "lisa", "badam"))
+    blocks = sum(n["weights"] for kind, n in badam["kinds"].items() if "," in kind)
+    assert lisa["delta"] == full["delta"] > badam["delta"] > 4 * blocks
+
+
 def test_packing_and_text(tmp_path: Path) -> None:
     found = call(recipe(tmp_path, data={"packing": True}, evaluate={"task": "none"}))
     assert found["batch"]["packed"] and "evaluate" not in found["phases"]
