@@ -17,13 +17,18 @@ TRAINED = [row for row in ROWS if row != "full"]
 
 
 def other(dtype: torch.dtype, row: str) -> Delta:
-    """A delta in the units that the row trains: some columns for columns, modules for matrices, else entries everywhere."""
+    """A delta in the units that the row trains: columns for columns, modules for matrices, layers for layers, else entries everywhere."""
     weights = snapshot(Toy(dtype))
     tuned = {n: t.clone() for n, t in weights.items()}
     for i, (name, t) in enumerate(tuned.items()):
-        if row == "hft":
+        if row in ("hft", "spectrum"):
             if "layers.0" in name and ("q_proj" in name or "up_proj" in name):
                 t += 1
+        elif row in ("lisa", "badam"):
+            if "layers.0" in name:
+                t += 1
+        elif row == "rows":
+            t[::4] += 1  # none of those that it is told to train
         elif row == "gift-sw":
             if t.ndim == 2:
                 t[:, i % 3 :: 3] += 1
