@@ -223,6 +223,10 @@ def _check_exclude(row: Method, exclude: object) -> None:
             f"exclude= has no meaning for {row.name!r}, which trains every weight that takes part. To train all but what another "
             "delta changes, choose 'random' with keep=1.0 and targets='all'."
         )
+    if exclude is not None and "rows" in row.required:  # another row would fill the budget
+        raise ValueError(
+            "exclude= has no meaning for rows that are named one by one: leave those that must not train out of rows=."
+        )
 
 
 def _configured(
