@@ -1,6 +1,7 @@
 """What `finetooth plan` says against what a run takes: methods x sizes x checkpointing, each in a process of its own.
 
     python benchmarks/plan_against_peaks.py --sizes 10M,35M,107M --methods full,gmt,dst
+    python benchmarks/plan_against_peaks.py --planned --sizes 107M --checkpointing off       # plans only, as a table
 
 Models are of random weights (`peers.py`), saved once as checkpoints; a line is one `finetooth plan RECIPE --probe --json`.
 Measured is the peak resident set of building the optimizer and of two steps, above that of a process in which everything
@@ -24,7 +25,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "plan_against_peaks.csv"
-METHODS = ("full", "gmt", "gmt-strict", "dst", "gift-sw", "hft", "random", "grad", "snip", "magnitude")
+METHODS = ("full", "gmt", "gmt-strict", "dst", "gift-sw", "hft", "random", "grad", "snip", "magnitude", "nano", "fish")
+METHODS += ("lift", "ssu", "spectrum", "rows", "spiel", "lisa", "badam")
 TOKENS = {"1M": (8, 256), "10M": (8, 256), "35M": (4, 256), "107M": (2, 256), "300M": (2, 128)}
 
 
@@ -53,12 +55,15 @@ def rows(folder: Path, length: int) -> Path:
     return file
 
 
-def line(args: argparse.Namespace, folder: Path, size: str, method: str, checkpointing: bool) -> dict[str, Any]:
+def plan(args: argparse.Namespace, folder: Path, size: str, method: str, checkpointing: bool) -> dict[str, Any]:
+    """What `finetooth plan` says, and what a probe measured unless only plans are wanted."""
     batch, length = TOKENS[size]
+    data = str(rows(folder, length))
+    needed: dict[str, dict[str, Any]] = {"ssu": {"calibration": data}, "rows": {"rows": "100-131"}}
     recipe = {
         "model": str(folder / size),
-        "method": {"name": method, "calibration_rows": batch},
-        "data": {"train": str(rows(folder, length))},
+        "method": {"name": method, "calibration_rows": batch, **needed.get(method, {})},
+        "data": {"train": data},
         "train": {
             "batch_size": batch,
             "max_length": length,
@@ -72,7 +77,7 @@ def line(args: argparse.Namespace, folder: Path, size: str, method: str, checkpo
     file.write_text(json.dumps(recipe))  # JSON is YAML
     env = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(args.threads)}
     done = subprocess.run(
-        [sys.executable, "-m", "finetooth", "plan", str(file), "--probe", "--json"],
+        [sys.executable, "-m", "finetooth", "plan", str(file), *([] if args.planned else ["--probe"]), "--json"],
         check=False,
         env=env,
         capture_output=True,
@@ -80,7 +85,12 @@ def line(args: argparse.Namespace, folder: Path, size: str, method: str, checkpo
     )
     if done.returncode:
         sys.exit(f"{recipe}\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def line(args: argparse.Namespace, folder: Path, size: str, method: str, checkpointing: bool) -> dict[str, Any]:
+    found, (batch, length) = plan(args, folder, size, method, checkpointing), TOKENS[size]
     planned, measured = (found[key] / 2**20 for key in ("training_peak", "measured_peak"))
     phases, peaks = ({k: round(v / 2**20) for k, v in found[key].items()} for key in ("phases", "measured"))
     how = "checkpointing" if checkpointing else ""
@@ -118,17 +128,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--append", action="store_true")
     parser.add_argument("--dry", action="store_true", help="print only")
+    parser.add_argument("--planned", action="store_true", help="plan only: print a table, measure and write nothing")
     args = parser.parse_args()
-    if not (args.append or args.dry):
+    if not (args.append or args.dry or args.planned):
         RESULTS.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for size in args.sizes.split(","):
             checkpoint(size, Path(folder))
             for method in args.methods.split(","):
                 for how in args.checkpointing.split(","):
+                    if args.planned:
+                        show(plan(args, Path(folder), size, method, how == "on"), method)
+                        continue
                     found = line(args, Path(folder), size, method, how == "on")
                     if not args.dry:
                         write(found)
+
+
+def show(found: dict[str, Any], method: str) -> None:
+    chosen = sum(kind["chosen"] for kind in found["kinds"].values())
+    sizes = [found[key] / 2**20 for key in ("state", "gradients", "training_peak", "delta")]
+    sys.stdout.write(f"| `{method}` | {chosen:,} | {' | '.join(f'{n:,.0f}' for n in sizes)} |\n")
+    sys.stdout.flush()
 
 
 def write(found: dict[str, Any]) -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from finetooth.guard import NonFiniteError
     from finetooth.hf import SelectiveCallback
     from finetooth.merging import merge
-    from finetooth.methods import METHODS, Method
+    from finetooth.method import Method
+    from finetooth.methods import METHODS
     from finetooth.named import FrozenMoved
     from finetooth.optim import SelectiveAdamW
     from finetooth.reference import Reference
@@ -40,7 +41,7 @@ _HOMES = {
     "DeltaError": "delta",
     "DeltaSwitch": "switch",
     "FrozenMoved": "named",
-    "Method": "methods",
+    "Method": "method",
     "NonFiniteError": "guard",
     "NotWritten": "files",
     "Reference": "reference",

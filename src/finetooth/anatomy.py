@@ -101,6 +101,8 @@ TARGETS: dict[str, Callable[[Part], bool]] = {
     "all": lambda part: True,
     "blocks": lambda part: bool(part.layer),
     "linear": lambda part: bool(part.layer) and part.kind in ("linear", "expert"),
+    "ends": lambda part: part.kind in ("embedding", "head"),
+    "matrices": lambda part: part.kind in ("linear", "expert", "embedding", "head"),
     "dense-linear": lambda part: bool(part.layer) and part.kind == "linear",
 }
 

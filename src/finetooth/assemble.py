@@ -16,7 +16,8 @@ from finetooth.base import open_base
 from finetooth.checks import check_choice, check_together
 from finetooth.exclude import excluded
 from finetooth.gradients import remove_gradients
-from finetooth.methods import METHODS, Method
+from finetooth.method import Method
+from finetooth.methods import METHODS
 from finetooth.moves import Given
 from finetooth.nearest import hint
 from finetooth.noise import remove_noise
@@ -26,8 +27,10 @@ from finetooth.rule import Rule, by_model, by_tensor
 from finetooth.spelled import choice
 from finetooth.units import WHOLE, Unit
 from finetooth.weight import Score
+from finetooth.when import once
 
 _RULE = ("unit", "pool", "score", "threshold")
+_OWN = (*_RULE, "keep", "exchange")  # what the options of a row may change of its rule
 _ROW = ("when", "rest", "state", "mask")
 _OPTIMIZER = ("betas", "eps", "decay_to", "stop_after", "kernels", "moments")
 _PLAIN = ("lr", "weight_decay", "max_grad_norm", "seed", "rounding")  # the optimizer's own names for them
@@ -66,7 +69,7 @@ def build(
         exclude: deltas, or files of them, whose entries must not train: a unit that holds one is never chosen, at any
             step, so that the new delta can be merged with them without a conflict. Not for `full`.
         overrides: any field of the row (unit, pool, score, threshold, when, rest, state, mask), the row's own options
-            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho), or betas, eps, decay_to, stop_after,
+            (dst: relative, zero_moments; gift-sw: bits, gamma, tau, rho; lift: rank; badam: order; rows: rows), or betas, eps, decay_to, stop_after,
             kernels, moments. Choices may be given as words: when="every(5)", rest="noise(4)", unit="block(32)", pool="model",
             score="snip".
 
@@ -115,7 +118,7 @@ def arranged(
     `given` is the rest of what `build` takes. A plan makes the same arguments of a model without values (`rehearsal.py`).
     """
     shards.reshard(model)
-    row, plain = _row(method), {name: value for name, value in given.items() if name in _PLAIN}
+    row, plain = row_named(method), {name: value for name, value in given.items() if name in _PLAIN}
     overrides = {name: value for name, value in given.items() if name not in _PLAIN}
     _check_names(row, overrides, _OPTIMIZER, inspect.signature(build).parameters)
     check_choice("gradients", gradients)
@@ -135,7 +138,8 @@ def arranged(
         wanted = matching(rule.targets if rule else "all", parts)
         stats = calibrate(model, calibration, {name: parts[name] for name in wanted}, row.calibration)
         shards.reshard(model)
-    if base is None and (rule is None or row.state == "dense" or row.rest.kind == "quantized"):
+    again = rule is not None and rule.unit.kind in WHOLE and row.when is not once
+    if base is None and (rule is None or row.state == "dense" or row.rest.kind == "quantized" or again):
         base = loaded_from(model)
     return {
         "named_parameters": model.named_parameters(),
@@ -179,7 +183,7 @@ def check_options(
     It says before a model is loaded what `build` would say after. named: other keys beside `options`, and place: what stands
     before them, for the error.
     """
-    row = _row(method)
+    row = row_named(method)
     _check_names(row, options, (), named, place)
     _check_exclude(row, exclude)
     row, rule = _configured(row, None, keep, targets, options)
@@ -188,7 +192,8 @@ def check_options(
     check_together(rule, row.when, row.rest, row.state, row.mask)
 
 
-def _row(method: str | Score | Method) -> Method:
+def row_named(method: str | Score | Method) -> Method:
+    """A row, by its name or made of a score; ValueError with the nearest name for one that is not there."""
     if isinstance(method, Method):
         return method
     if callable(method):
@@ -218,6 +223,10 @@ def _check_exclude(row: Method, exclude: object) -> None:
             f"exclude= has no meaning for {row.name!r}, which trains every weight that takes part. To train all but what another "
             "delta changes, choose 'random' with keep=1.0 and targets='all'."
         )
+    if exclude is not None and "rows" in row.required:  # another row would fill the budget
+        raise ValueError(
+            "exclude= has no meaning for rows that are named one by one: leave those that must not train out of rows=."
+        )
 
 
 def _configured(
@@ -236,7 +245,7 @@ def _configured(
     rule = row.rule
     if row.pools is not None and parts is not None:
         rule = replace(rule, pool=row.pools(parts))
-    fields = {k: v for k, v in changes.items() if k in _RULE}
+    fields = {k: v for k, v in changes.items() if k in _OWN}
     fields |= {k: v for k, v in (("keep", keep), ("targets", targets)) if v is not None}
     if "unit" in asked and asked["unit"].kind in WHOLE and rule.pool is by_tensor:
         fields = {"pool": by_model, **fields}  # a budget of whole tensors means nothing in a single one
@@ -246,6 +255,8 @@ def _configured(
 
 def _own_options(row: Method, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """What the row's own options change of it."""
+    if missing := [name for name in row.required if overrides.get(name) is None]:
+        raise ValueError(f"{row.name!r} needs {missing[0]}=: see `finetooth methods {row.name}`.")
     if row.configure is None:
         return {}
     own = {**row.options, **{k: v for k, v in overrides.items() if k in row.options}}
@@ -258,8 +269,15 @@ def _own_options(row: Method, overrides: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_like(name: str, given: Any, default: Any) -> None:
-    """ValueError unless an option is of the kind that its default is: true or false, a whole number, or a number."""
-    if isinstance(default, bool):
+    """ValueError unless an option is of the kind that its default is: true or false, a text, a whole number, or a number.
+
+    One without a default is checked by the row.
+    """
+    if default is None:
+        return
+    if isinstance(default, str):
+        good, kind = isinstance(given, str), "a text"
+    elif isinstance(default, bool):
         good, kind = isinstance(given, bool), "true or false"
     else:
         number = (int,) if isinstance(default, int) else (int, float)

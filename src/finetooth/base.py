@@ -319,6 +319,10 @@ class Replaced:
         if not bool(stay.all()):
             self.index, self.values = self.index[stay], self.values[stay]
 
+    def without(self, index: Tensor | None) -> Tensor:
+        """The units that are held, but for those of `index` (sorted)."""
+        return self.index if index is None else self.index[~_member(self.index, index)]
+
     @torch.no_grad()
     def original(self, x: Tensor) -> Tensor:
         """A copy of `x` with the held values put back."""

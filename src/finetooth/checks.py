@@ -118,6 +118,11 @@ def check_together(rule: Rule | None, when: When, rest: Rest, state: str, mask: 
             "a gradient masked once, with dense state, still moves what is not chosen, by weight decay: "
             'choose state="compact", or mask="update".'
         )
+    if rule.exchange is not None and (not compact or when is once or rule.unit.kind in ONE_UNIT):
+        raise ValueError(
+            "a rule that exchanges needs compact state, a when that comes again, and units smaller than a matrix: it is "
+            f"state={state!r}, when={getattr(when, '__name__', 'your own')}, unit {rule.unit}."
+        )
     if kind in ("noise", "quantized") and rule.unit.kind != "column":
         raise ValueError(f"rest={kind}(...) acts on the other columns of a matrix: the unit is {rule.unit}.")
 

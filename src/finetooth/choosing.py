@@ -3,6 +3,9 @@
     start: select -> origins -> (quantize the rest) -> fingerprints -> noise in, hooks in
     later: select -> migrate state -> hooks again
 
+A compact selection that needs no gradient is made between two steps, so that the next backward computes what will be used and
+nothing else; one that reads the gradient is made within its step, which has dense gradients for it.
+
 How a step then updates what was chosen is in `optim.py`.
 """
 
@@ -20,7 +23,7 @@ from torch import Tensor, nn
 from finetooth import pieces, shards
 from finetooth.anatomy import Part
 from finetooth.checks import check_finite, check_shards
-from finetooth.gradients import Gradients, remove_gradients
+from finetooth.gradients import Follow, Gradients, LeftByDDP, remove_gradients, take_out
 from finetooth.kernels import reference
 from finetooth.linear import Chosen, structured
 from finetooth.noise import Noise, remove_noise
@@ -50,6 +53,10 @@ class ChoosingOptimizer(SavedOptimizer):
     _route: str
     _backend: str
     _moments: str
+    _turns = 0  # selections made so far, and the step that the last one was made for
+    _made_for = -1
+    _ours: tuple[str, ...] = ()  # whose gradients are averaged over ranks here, because which need one changes
+    _for_ddp: str | None = None  # of these one that DDP is left with, as it refuses a model without any
     _noise: Noise | None = None
     _gradients: Gradients | None = None
 
@@ -60,33 +67,33 @@ class ChoosingOptimizer(SavedOptimizer):
 
     @torch.no_grad()
     def _start(self, stats: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self._attached: dict[
-            str, Any
-        ] = {}  # what is in the model for as long as the optimizer lives; each can `remove`
-        weakref.finalize(self, _take_out, self._attached)
+        self._attached = dict[str, Any]()  # what is in the model for as long as the optimizer lives; each can `remove`
+        weakref.finalize(self, take_out, self._attached)
         self._check_weights()
         if self._model is not None:
             remove_noise(self._model)  # of an earlier optimizer
             remove_gradients(self._model)
             if shards.world() > 1:
-                self._attached["follow"] = self._model.register_forward_pre_hook(_Follow(self))
+                self._attached["follow"] = self._model.register_forward_pre_hook(Follow(self))
         for p in self._others.values():
             if p is not None:
                 p.requires_grad_(False)
         for p in self._parameters().values():
             p.requires_grad_(True)
         if self._compact and self.when(0):
-            try:
+            grads = {n: partial(s.__getitem__, "grad") for n, s in stats.items() if "grad" in s}
+            if not self._ahead(grads, stats) and (stats or self.rest.kind in ("noise", "quantized")):
                 self._select_compact(
-                    {n: partial(s.__getitem__, "grad") for n, s in stats.items() if "grad" in s}, stats
-                )
-            except Unavailable:  # a score of gradients: the first step's will do, unless calibration was given
-                if stats or self.rest.kind in ("noise", "quantized"):
-                    raise
+                    grads, stats
+                )  # says what it misses; without calibration the first step's gradient will do
         if self.rule is None:
             for name, p in self._live().items():
                 self._slots[name].selection = Selection.whole(tuple(p.shape), p.device)
             self._count_chosen()
+        if self._model is not None and self._compact and self.when is not once:
+            self._ours = tuple(self._slots)
+            self._attached["ddp"] = left = LeftByDDP(self._model, self._ours)
+            self._for_ddp = left.stays if shards.world() > 1 else None
         self._rewrote_base = self.rest.kind == "quantized"
         self._take_origins()
         if self._rewrote_base:
@@ -152,11 +159,15 @@ class ChoosingOptimizer(SavedOptimizer):
         assert self.rule is not None
         live = self._live()
         weights = (self._weight(n, p, grads.get(n), stats.get(n)) for n, p in live.items())  # let go of pool by pool
-        found = select(self.rule, weights)
-        for name, selection in found.items():
-            slot, here = self._slots[name], self._here(name, selection)
+        found = {name: self._here(name, selection) for name, selection in select(self.rule, weights).items()}
+        if self.rest.kind != "reset":  # there, what rests is the base
+            self._renew_rests(found)
+        for name, here in found.items():
+            slot = self._slots[name]
             slot.follow(here, live[name], self.rest.kind == "reset", self._remembers(slot), self._masters)
+            slot.window = None
         self._count_chosen()
+        self._turns, self._made_for = self._turns + 1, self.steps
         if not self._selected():
             why = " Every unit holds an excluded entry: choose a smaller unit." if self.rule.exclude else ""
             raise ValueError(
@@ -165,12 +176,34 @@ class ChoosingOptimizer(SavedOptimizer):
         self._settle()
         self._gather()
 
-    def _settle(self) -> None:
-        """After a final selection: tensors without a chosen unit compute no gradient; noise goes in."""
-        if self.when is not once:
-            return
+    def _ahead(self, grads: Mapping[str, Lazy], stats: Mapping[str, Mapping[str, Tensor]]) -> bool:
+        """Select for the step to come; False for a score that reads a gradient which is not known before that step."""
+        try:
+            self._select_compact(grads, stats)
+        except Unavailable:
+            return False
+        return True
+
+    def _between(self) -> None:
+        """After a step: the next selection if it is due and can be made now, and gradients in the form the next step needs."""
+        if self._compact and self.rule is not None:
+            if self._selects():
+                self._ahead({}, {})
+            self._ask_for_gradients()
+        if self._gradients is not None:
+            self._gradients.clear()
+            self._gradients.pause(self._needs_all())
+
+    def _ask_for_gradients(self) -> None:
+        """Tensors without a chosen unit compute no gradient, but for a step that looks at all of them."""
+        needed = self._needs_all()
         for name, p in self._parameters().items():
-            p.requires_grad_(self._slots[name].chosen > 0)
+            if p.requires_grad != (wanted := needed or self._slots[name].chosen > 0 or name == self._for_ddp):
+                p.requires_grad_(wanted)
+
+    def _settle(self) -> None:
+        """What a selection settles: which tensors compute gradients, and where noise goes in."""
+        self._ask_for_gradients()
         if self.rest.kind == "noise":
             assert self._model is not None
             forwards = self._noise.forwards if self._noise else 0
@@ -190,16 +223,16 @@ class ChoosingOptimizer(SavedOptimizer):
             self._gradients.remove()
         parameters, sharded = self._parameters(), bool(self._cuts)
         self._gradients = Gradients(self._model, parameters, selections, self._route, self._backend, before, sharded)
-        self._gradients.pause(self._selects())
+        self._gradients.pause(self._needs_all())
         self._attached["gradients"] = self._gradients
+
+    def _needs_all(self) -> bool:
+        """Whether the present step looks at the gradients of what is not chosen."""
+        return self._selects()
 
     def _selects(self) -> bool:
         """Whether the present step makes a selection."""
-        return (
-            self.rule is not None
-            and self.when(self.steps)
-            and not (self._compact and self.steps == 0 and self._selected())
-        )
+        return self.rule is not None and self.when(self.steps) and not (self._compact and self._made_for == self.steps)
 
     # -- what a step asks -------------------------------------------------------------------------
 
@@ -239,9 +272,8 @@ class ChoosingOptimizer(SavedOptimizer):
         proposed: Callable[[str], Tensor] | None = None,
         base: Callable[[str], Tensor] | None = None,
     ) -> Weight:
-        part = self._parts[name]
+        part, slot, cut = self._parts[name], self._slots[name], self._cuts.get(name)
         assert self.rule is not None
-        cut = self._cuts.get(name)
 
         def turn(x: Tensor) -> Tensor:
             seen = x if cut is None else shards.local(x) if self._by_entry else self._assembled(x)
@@ -251,16 +283,16 @@ class ChoosingOptimizer(SavedOptimizer):
         return Weight(
             name,
             turn(p.detach()) if as_is else lambda: turn(p.detach()),
-            grad=turn(grad)
-            if as_is and isinstance(grad, Tensor)
-            else None
-            if grad is None
-            else lambda: turn(_read(grad)),
+            grad=None if grad is None else lambda: turn(_read(grad)),
             base=lambda: turn((base or self._known)(name)),
             proposed=None if proposed is None else lambda: turn(proposed(name)),
             stats=stats,
+            squares=(lambda: turn(stats["grad_square"])) if stats and "grad_square" in stats else None,
+            window=(lambda: turn(slot.seen_window(p))) if slot.window is not None else None,
+            chosen=None if slot.selection is None else lambda s=slot.selection: turn(s.mask()),  # type: ignore[misc]
             seed=self.seed,
             step=self.steps,
+            turn=self._turns,
             unit=self.rule.unit,
             transposed=bool(part.transposed),
             cut=cut,
@@ -300,9 +332,11 @@ class ChoosingOptimizer(SavedOptimizer):
         }
 
     def _extra_state(self) -> dict[str, Any]:
-        return {"forwards": self._noise.forwards if self._noise else 0}
+        forwards = self._noise.forwards if self._noise else 0
+        return {"forwards": forwards, "turns": self._turns, "made_for": self._made_for}
 
     def _load_extra_state(self, extra: dict[str, Any]) -> None:
+        self._turns, self._made_for = extra.get("turns", 1), extra.get("made_for", 0)
         if self._selected():
             self._settle()
             self._gather()
@@ -314,20 +348,3 @@ def _read(lazy: Lazy) -> Tensor:
     found = lazy() if callable(lazy) and not isinstance(lazy, Tensor) else lazy
     assert isinstance(found, Tensor)
     return found
-
-
-class _Follow:
-    """Before a forward: see whether the parameters have been sharded, as their gradients are then gathered in another way."""
-
-    def __init__(self, opt: ChoosingOptimizer) -> None:
-        self._opt = weakref.ref(opt)
-
-    def __call__(self, module: nn.Module, args: object) -> None:
-        if (opt := self._opt()) is not None:
-            opt._adopt()
-
-
-def _take_out(attached: dict[str, Any]) -> None:
-    """The model is as it was, once its optimizer is gone."""
-    for part in attached.values():
-        part.remove()

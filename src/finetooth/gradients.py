@@ -19,9 +19,10 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from finetooth import linear, shards
@@ -30,6 +31,7 @@ from finetooth.selection import Selection
 
 ROUTES = ("auto", "dense", "compact", "structured")
 _ATTRIBUTE = "_finetooth_gradients"
+_LEFT = "_finetooth_left"
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -145,6 +147,38 @@ class Gradients:
         """A copy of the model has none: its gradients are dense."""
 
 
+class LeftByDDP:
+    """Parameters that DDP is told to leave, because their need of a gradient will change; one that needs one now stays with it.
+
+    DDP settles what it waits for when it wraps a model: what is frozen then never trains, and what is frozen later is waited for.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        known, parameters = list(getattr(model, _DDP_IGNORES, [])), dict(model.named_parameters())
+        now = [name for name in names if parameters[name].requires_grad]
+        self.stays = min(now, key=lambda name: parameters[name].numel(), default=None)
+        self._model, self._names = weakref.ref(model), {n for n in names if n != self.stays and n not in known}
+        model.__dict__[_DDP_IGNORES], model.__dict__[_LEFT] = _Ignored([*known, *self._names]), self
+
+    def remove(self) -> None:
+        """DDP may have them again, unless another optimizer has taken over."""
+        if (model := self._model()) is not None and model.__dict__.get(_LEFT) is self:
+            del model.__dict__[_LEFT]
+            kept = [name for name in getattr(model, _DDP_IGNORES, []) if name not in self._names]
+            model.__dict__[_DDP_IGNORES] = _Ignored(kept)
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of the model has none."""
+
+
+def averaged(dense: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients with those of these parameters averaged over ranks; one that a rank has none of counts as zero there."""
+    if shards.world() > 1:
+        dense |= {n: torch.zeros_like(p) for n, p in parameters.items() if n not in dense and p.requires_grad}
+        shards.reduce_([dense[n] for n in parameters if n in dense], "mean")
+    return dense
+
+
 class _ZeroGrad:
     """`model.zero_grad`, which also forgets what was gathered for the model."""
 
@@ -211,3 +245,22 @@ def remove_gradients(model: nn.Module) -> None:
     """Give a model's gradients back to autograd, if an optimizer gathers them."""
     if (gradients := model.__dict__.pop(_ATTRIBUTE, None)) is not None:
         gradients.remove()
+    if (left := model.__dict__.get(_LEFT)) is not None:
+        left.remove()
+
+
+class Follow:
+    """Before a forward: see whether the parameters have been sharded, as their gradients are then gathered in another way."""
+
+    def __init__(self, opt: Any) -> None:
+        self._opt = weakref.ref(opt)
+
+    def __call__(self, module: nn.Module, args: object) -> None:
+        if (opt := self._opt()) is not None:
+            opt._adopt()
+
+
+def take_out(attached: dict[str, Any]) -> None:
+    """The model is as it was, once its optimizer is gone."""
+    for part in attached.values():
+        part.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from finetooth import answers, evaluate, overlap, pretrained, reporting, run
 from finetooth.anatomy import TARGETS
 from finetooth.assemble import build, check_options, loaded_from
 from finetooth.data import DataError, Prepared, documents, prepare
+from finetooth.method import is_token
 from finetooth.methods import METHODS
 from finetooth.moments import check as check_moments
 from finetooth.nearest import hint
@@ -91,7 +93,17 @@ def check_method(part: MethodPart) -> None:
                 f"{hint(pattern, TARGETS)}"
             )
     named = [name for name in MethodPart.model_fields if name not in options]
+    if "rows" in options:  # the texts of tokens are looked up when there is a tokenizer
+        parts = options["rows"] if isinstance(options["rows"], list) else [options["rows"]]
+        options = {**options, "rows": [part for part in parts if not is_token(part)] or [0]}
     check_options(part.name, options, part.keep, part.targets, part.exclude, named, "method.")
+    row = METHODS[part.name]
+    if row.source and part.calibration is None:
+        raise RecipeError(
+            f"{row.name!r} shields what matters on other data than it trains on: name a file of that in method.calibration."
+        )
+    if part.calibration is not None and not row.calibrated:
+        raise RecipeError(f"method.calibration is not read: {row.name!r} does not measure before it chooses.")
 
 
 def check_evaluation(recipe: Recipe) -> None:
@@ -161,7 +173,9 @@ def optimizer(job: Job) -> SelectiveAdamW:
     """The method's optimizer, calibrated on rows of the training data where it wants that."""
     recipe = job.recipe
     row = METHODS[recipe.method.name]
-    rows = job.train.examples[: recipe.method.calibration_rows]
+    source, longest = recipe.method.calibration, recipe.train.max_length
+    measured = job.train if source is None else prepare(source, recipe.data, job.tokenizer, longest, None)
+    rows = measured.examples[: recipe.method.calibration_rows]
     batches = (
         [evaluate.pad(batch, job.pad) for batch in evaluate.batched(rows, CALIBRATION_BATCH)]
         if row.calibrated
@@ -170,11 +184,13 @@ def optimizer(job: Job) -> SelectiveAdamW:
     base: Any = loaded_from(job.model)
     if base is None and row.state == "dense" and row.rest.kind != "reset":  # its names are not the checkpoint's
         base = {name: p.detach().clone().cpu() for name, p in job.model.named_parameters()}
-    return build(recipe.method.name, job.model, calibration=batches, base=base, **settings(recipe))
+    return build(
+        recipe.method.name, job.model, calibration=batches, base=base, **settings(recipe, len(job.train.examples))
+    )
 
 
-def settings(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe says to `build`, apart from the model, calibration batches and base."""
+def settings(recipe: Recipe, rows: int | None = None) -> dict[str, Any]:
+    """What a recipe says to `build`, apart from the model, calibration batches and base; rows: of the training data, where known."""
     rate, method = recipe.optimizer, recipe.method
     return {
         "lr": rate.lr,
@@ -191,4 +207,30 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         "seed": recipe.train.seed,
         "stop_after": recipe.train.stop_after_nonfinite,
         **(method.model_extra or {}),
-    }
+        **_numbered(recipe),
+    } | _length(recipe, rows)
+
+
+def _length(recipe: Recipe, rows: int | None) -> dict[str, int]:
+    """`steps` of the run, for a row that takes them and was not told."""
+    how, given = recipe.train, recipe.method.model_extra or {}
+    if "steps" not in METHODS[recipe.method.name].options or given.get("steps") is not None:
+        return {}
+    if how.max_steps is not None:
+        return {"steps": how.max_steps}
+    batches = None if rows is None or recipe.data.packing else math.ceil(rows / how.batch_size)
+    return {} if batches is None else {"steps": math.ceil(how.epochs * math.ceil(batches / how.accumulate))}
+
+
+def _numbered(recipe: Recipe) -> dict[str, Any]:
+    """`method.rows` with the number of a token in the place of its text."""
+    given = (recipe.method.model_extra or {}).get("rows")
+    parts = given if isinstance(given, list) else [given]
+    if not any(is_token(part) for part in parts):
+        return {}
+    tokenizer = pretrained.tokenizer(recipe.model)
+    found = [tokenizer.convert_tokens_to_ids(part) if is_token(part) else part for part in parts]
+    for part, number in zip(parts, found, strict=True):
+        if number is None or (is_token(part) and number == tokenizer.unk_token_id and part != tokenizer.unk_token):
+            raise RecipeError(f"method.rows: the tokenizer of {recipe.model} has no token {part!r}.")
+    return {"rows": found}

@@ -7,12 +7,14 @@ Of sharded parameters a slot is about the rows that this rank holds. What a user
 so asking for it is collective: every rank must ask.
 
 The proof is a fingerprint per tensor, taken before the first step: rebuilt from what was replaced, a tensor
-must still have it.
+must still have it. What has trained and rests now is replaced there, so it has a fingerprint of its own (`_rests`), taken when its
+rest begins and compared when that ends. The alternative, a new fingerprint of all that rests at every selection, reads the whole
+model each time; this reads what has ever trained, and of whole tensors only those whose turn begins or is over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -24,6 +26,7 @@ from finetooth.base import Base, Held, bits, fingerprint, open_base
 from finetooth.reverted import Part, exchanged
 from finetooth.selection import Selection
 from finetooth.slot import Slot
+from finetooth.units import WHOLE, Unit
 
 
 class FrozenMoved(RuntimeError):
@@ -47,6 +50,7 @@ class NamedOptimizer(torch.optim.Optimizer):
         }
         self._slots = {name: Slot(name) for name, _ in named}
         self._prints: dict[str, str] = {}
+        self._rests: dict[str, str] = {}  # of what is not chosen now and is not the base any more, or cannot be rebuilt
         self._origins: dict[str, str] = {}
         self._rewrote_base = False
         self._dtypes = {name: p.dtype for name, p in named}
@@ -57,7 +61,7 @@ class NamedOptimizer(torch.optim.Optimizer):
     # -- what a user asks ---------------------------------------------------------------------------
 
     def selections(self) -> dict[str, Selection]:
-        """The present selection of every tensor that has one, by parameter name."""
+        """The selection of every tensor that has one, by parameter name: what the next step trains, where that is known already."""
         return {n: pieces.joined(selection, self._cuts.get(n)) for n, selection in self._held().items()}
 
     def _held(self) -> dict[str, Selection]:
@@ -86,17 +90,17 @@ class NamedOptimizer(torch.optim.Optimizer):
     def verify_frozen(self) -> int:
         """Raise `FrozenMoved`, naming the first tensor, if a weight that must not move has moved.
 
-        Returns how many tensors were checked: none where every weight may move, as in `full` and `gmt`.
+        What never trained is compared with what it was at the start; what has trained and rests now, with what it was when its rest
+        began. Returns how many tensors were checked: none where every weight may move, as in `full` and `gmt`.
         """
-        for name, expected in self._prints.items():
-            found = self._print(name)
-            if found != expected:
-                slot = self._slots.get(name)
-                inside = "" if slot is None or not slot.chosen else " outside its selection"
-                raise FrozenMoved(
-                    f"{name!r} has moved{inside}: fingerprint {found[:19]}, before training {expected[:19]}."
-                )
-        return len(self._prints)
+        since = ((self._prints, self._print, "before training"), (self._rests, self._rest_print, "when its rest began"))
+        for prints, now, then in since:
+            for name, expected in prints.items():
+                if (found := now(name)) != expected:
+                    slot = self._slots.get(name)
+                    inside = "" if slot is None or not slot.chosen else " outside its selection"
+                    raise FrozenMoved(f"{name!r} has moved{inside}: fingerprint {found[:19]}, {then} {expected[:19]}.")
+        return len(self._prints.keys() | self._rests.keys())
 
     @torch.no_grad()
     def base_tensor(self, name: str) -> Tensor | None:
@@ -129,6 +133,37 @@ class NamedOptimizer(torch.optim.Optimizer):
         """The fingerprint of the base tensor, rebuilt where the slot can."""
         p, slot = shards.local(self._parameter(name)).detach(), self._slots.get(name)
         return fingerprint(self._whole(name, slot.original(p) if slot else p))
+
+    def _rested(self, name: str, chosen: Selection | None) -> Selection:
+        """The part of a tensor that `_rests` is about, of all ranks: not chosen, and it has trained, or cannot be rebuilt."""
+        slot, p = self._slots[name], shards.local(self._parameter(name))
+        if slot.replaced is not None:
+            unit, index = slot.replaced.unit, slot.replaced.without(None if chosen is None else chosen.index)
+        else:
+            whole = not self._remembers(slot) and not (chosen is not None and len(chosen))
+            unit, index = Unit("matrix"), torch.zeros(int(whole), dtype=torch.int32, device=p.device)
+        return pieces.joined(Selection(index, unit, tuple(p.shape)), self._cuts.get(name))
+
+    def _rest_print(self, name: str, part: Selection | None = None) -> str:
+        """The fingerprint of that part, by default of the one that rests now."""
+        whole = self._whole(name, shards.local(self._parameter(name)).detach())
+        part = self._rested(name, self._slots[name].selection) if part is None else part
+        return fingerprint(whole if part.unit.kind in WHOLE and len(part) else part.gather(whole))
+
+    def _renew_rests(self, found: Mapping[str, Selection]) -> None:
+        """Before the selections `found` (of this rank) are taken over: check what rested until now, and take down what rests from now on.
+
+        What has moved keeps its old fingerprint, which nothing has any more, so that `verify_frozen` raises whenever it is asked.
+        """
+        for name, chosen in found.items():
+            before, after = (self._rested(name, s) for s in (self._slots[name].selection, chosen))
+            if torch.equal(before.index, after.index):
+                continue
+            if name in self._rests and self._rest_print(name, before) != self._rests[name]:
+                continue
+            self._rests.pop(name, None)
+            if len(after):
+                self._rests[name] = self._rest_print(name, after)
 
     @contextmanager
     def reverted(self) -> Iterator[None]:
@@ -233,6 +268,8 @@ class NamedOptimizer(torch.optim.Optimizer):
         for name, slot in self._slots.items():
             if self._remembers(slot) or self._never_trains(slot):
                 self._prints[name] = self._print(name)
+            elif self._compact and not slot.chosen:
+                self._rests[name] = self._origins[name]
 
     def _checked_base(self, name: str, p: Tensor) -> str:
         """The fingerprint of a tensor of `base`; ValueError unless it is the parameter as it is before training."""

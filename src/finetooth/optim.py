@@ -40,7 +40,6 @@ from finetooth.checks import (
     check_shards,
     check_together,
 )
-from finetooth.choosing import ChoosingOptimizer
 from finetooth.guard import Guard, norm
 from finetooth.kernels import check as check_backend
 from finetooth.moments import check as check_moments
@@ -50,12 +49,13 @@ from finetooth.scores import gradient
 from finetooth.selection import Selection, magnitude_cuts, select, select_pools
 from finetooth.units import WHOLE
 from finetooth.when import When, once
+from finetooth.window import WatchingOptimizer
 
 State = Literal["compact", "dense"]
 Mask = Literal["gradient", "update"]
 
 
-class SelectiveAdamW(ChoosingOptimizer):
+class SelectiveAdamW(WatchingOptimizer):
     """AdamW on the weights that a rule selects; every other weight is what `rest` says, bit for bit.
 
     Args:
@@ -156,9 +156,7 @@ class SelectiveAdamW(ChoosingOptimizer):
         if self._stepped(live, grads, 0.0 if loss is None else shards.total(float(loss), self._device())):
             self.skipped -= 1
             self.steps += 1
-        if self._gradients is not None:
-            self._gradients.clear()
-            self._gradients.pause(self._selects())
+        self._between()
         return loss
 
     def _refuse_rehearsal(self, grads: Mapping[str, Tensor]) -> None:
@@ -215,20 +213,15 @@ class SelectiveAdamW(ChoosingOptimizer):
         routed = self._gradients
         dense = {n: shards.local(p.grad) for n, p in self._parameters().items() if p.grad is not None}
         if routed is None:
-            return dense
+            return self._averaged(dense) if self._ours else dense
         if hasattr(self, "found_inf"):  # a GradScaler calls
             raise RuntimeError(
                 "a loss scaler does not see gathered gradients: build with gradients='dense', or train in bf16."
             )
         if routed.paused:
-            if (
-                shards.world() > 1 and not self._cuts
-            ):  # DDP was told to leave them; all ranks must take part for every tensor
-                live = self._parameters()
-                dense |= {n: torch.zeros_like(live[n]) for n in routed.chosen if n not in dense}
-                shards.reduce_([dense[n] for n in routed.chosen], "mean")
-            return dense
-        return {n: g for n, g in dense.items() if n not in routed.chosen} | routed.taken(self._parameters())
+            return self._averaged(dense)
+        rest = self._averaged({n: g for n, g in dense.items() if n not in routed.chosen})
+        return rest | routed.taken(self._parameters())
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -253,9 +246,10 @@ class SelectiveAdamW(ChoosingOptimizer):
         """The chosen entries; a gradient elsewhere is not used, unless this step selects by it."""
         routed = self._gradients
         gathered = set() if routed is None or routed.paused else set(routed.chosen)
-        if self._selects():
-            if not self._guard.passes(grads, self._norm(grads.values()), loss):
-                return False
+        selects, watches = self._selects(), self._watches()
+        if (selects or watches) and not self._guard.passes(grads, self._norm(grads.values()), loss):
+            return False
+        if selects:
             unused = {n: torch.zeros_like(p) for n, p in self._live().items() if n not in grads}
             self._select_compact({**grads, **unused}, {})
             if self.when is once and not self.steps:
@@ -265,6 +259,8 @@ class SelectiveAdamW(ChoosingOptimizer):
         total = self._norm(used.values())
         if not self._guard.passes(used, total, loss):
             return False
+        if watches:
+            self._watch(grads)
         factor, rates = self._guard.factor(total), self._rates()
         for name, g in used.items():
             self._slots[name].update(live[name], g, rates[name], self._how(name), factor, self._target(name))

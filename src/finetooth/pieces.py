@@ -89,7 +89,7 @@ def join_state(state: dict[str, Any], cut: Cut | None, compact: bool) -> dict[st
     if cut is None:
         return state
     out = dict(state)
-    for key in ("selection", "replaced"):
+    for key in ("selection", "replaced", "window"):
         if key in state:
             out[key] = _join_units(state[key], cut)
     if "selection" in state and compact:
@@ -134,7 +134,7 @@ def cut_state(state: dict[str, Any], cut: Cut | None, compact: bool) -> dict[str
     if cut is None:
         return state
     out = dict(state)
-    for key in ("selection", "replaced"):
+    for key in ("selection", "replaced", "window"):
         if key in state:
             out[key] = _cut_units(state[key], cut)
     if "selection" in state and compact:

@@ -119,7 +119,7 @@ def _changes(run: Rehearsal, found: Plan) -> int:
     opt, values = run.opt, 0
     chosen, again = opt.chosen(), opt.changes_everything()
     for name, p in run.model.named_parameters():
-        if chosen.get(name):
+        if chosen.get(name) or (again and name in chosen):
             selection = None if again else opt.selection_of(name)
             units = 1 if selection is None else len(selection)
             size = (p.numel() if selection is None else selection.numel) * p.element_size()

@@ -47,6 +47,7 @@ class MethodPart(_Part):
     keep: float | int | dict[str, float | int] | None = None
     targets: str | list[str] | None = None  # all, blocks, linear, dense-linear, or patterns of parameter names
     exclude: str | list[str] | None = None  # deltas whose entries must not train: files, run folders, hub ids
+    calibration: str | None = None  # a file like data.train to measure on instead
     calibration_rows: int = Field(256, ge=1)  # rows of the training data that a calibrated row may look at
 
     @model_validator(mode="before")
@@ -149,7 +150,7 @@ class Recipe(_Part):
         named = [_shown(path) for path in exclude] if isinstance(exclude, list) else _shown(exclude)
         shown = {
             "model": _shown(self.model),
-            "method": self.method.model_copy(update={"exclude": named}),
+            "method": self.method.model_copy(update={"exclude": named, "calibration": _shown(self.method.calibration)}),
             "data": data.model_copy(update={"train": _shown(data.train), "eval": _shown(data.eval)}),
             "evaluate": evaluate.model_copy(update={"forgetting": _shown(evaluate.forgetting)}),
             "output": _shown(self.output),
@@ -236,10 +237,15 @@ def _number(text: str) -> Any:
 
 def located(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with absolute paths, `output` below the current folder; RecipeError for a file that is not there."""
-    data, evaluate = recipe.data, recipe.evaluate
+    data, evaluate, method = recipe.data, recipe.evaluate, recipe.method
     found = {
         "model": _model(recipe.model, folder),
-        "method": recipe.method.model_copy(update={"exclude": _deltas(recipe.method.exclude, folder)}),
+        "method": method.model_copy(
+            update={
+                "exclude": _deltas(method.exclude, folder),
+                "calibration": _file("method.calibration", method.calibration, folder),
+            }
+        ),
         "data": data.model_copy(
             update={"train": _file("data.train", data.train, folder), "eval": _file("data.eval", data.eval, folder)}
         ),

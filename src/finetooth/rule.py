@@ -8,6 +8,7 @@ the model.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -54,7 +55,53 @@ def by_model(name: str) -> str:
     return "model"
 
 
+def module_kind(name: str) -> str:
+    """Pool: modules of one kind in all layers; a module outside the blocks has a pool of its own.
+
+    >>> module_kind("model.layers.3.mlp.up_proj.weight"), module_kind("lm_head.weight")
+    ('mlp.up_proj', 'lm_head')
+    """
+    return stem(name).removeprefix(layer(name)).removeprefix(".")
+
+
+def inside(name: str) -> str:
+    """Pool: everything inside the blocks, and everything outside.
+
+    >>> inside("model.layers.3.mlp.up_proj.weight"), inside("lm_head.weight")
+    ('inside', 'outside')
+    """
+    return "inside" if layer(name) else "outside"
+
+
 POOLS: dict[str, Callable[[str], str]] = {"tensor": by_tensor, "silo": stem, "layer": layer, "model": by_model}
+POOLS |= {"kind": module_kind, "inside": inside}
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Drop and grow: the chosen units that score least by `stay` make room for the best of the others by the rule's own score.
+
+    turnover: optimizer step -> the share of the chosen units that is replaced. window: in so many steps before a selection the gradients
+    of the units most likely to be grown are added up, as many of them as are chosen; a score reads the sums as `w.window`.
+    """
+
+    stay: Score
+    turnover: Callable[[int], float]
+    window: int = 0
+
+
+def linear(start: float, steps: int | None) -> Callable[[int], float]:
+    """A share that falls evenly to 0 over the run; without its length, one that stays.
+
+    >>> [linear(0.2, 4)(step) for step in range(5)], linear(0.2, None)(7)
+    ([0.2, 0.15000000000000002, 0.1, 0.05, 0.0], 0.2)
+    """
+    return lambda step: start * (max(0.0, 1 - step / steps) if steps else 1.0)
+
+
+def cosine(start: float, steps: int | None) -> Callable[[int], float]:
+    """The same along half a cosine."""
+    return lambda step: start * (0.5 * (1 + math.cos(math.pi * min(1.0, step / steps))) if steps else 1.0)
 
 
 @dataclass(frozen=True)
@@ -66,6 +113,7 @@ class Rule:
     blocks), "linear" (the linear, Conv1D and expert weights of the blocks), a list of glob patterns of
     parameter names, or a function name -> bool. What does not take part is frozen.
     threshold: keep everything that reaches the k-th score, ties included, instead of exactly k.
+    exchange: from the second selection on, replace a share of the chosen units instead of choosing all anew.
     exclude: parameter name -> sorted ids of entries, row-major in storage, that must not train: a unit that holds one is
     never chosen. It counts as a unit all the same, so that a budget is what it would be, as far as there are others.
     """
@@ -76,6 +124,7 @@ class Rule:
     pool: Callable[[str], str] = by_tensor
     targets: str | Iterable[str] | Callable[[str], bool] = "linear"
     threshold: bool = False
+    exchange: Exchange | None = None
     exclude: Mapping[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def __new__(cls, *args: Any, **given: Any) -> Rule:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from finetooth import shards
 from finetooth.kernels import pick
+from finetooth.ranked import kth_over_ranks, top_over_ranks
 from finetooth.rule import Rule, layer, stem
 from finetooth.units import WHOLE, Unit
 from finetooth.weight import Score, Weight
@@ -141,51 +142,89 @@ def group_of(unit: Unit, name: str) -> str:
 
 
 def _choose_units(rule: Rule, members: list[Weight], k: int) -> dict[str, Selection]:
-    scores = [unit_scores(rule.score, w) for w in members]
-    tie = getattr(rule.score, "tie", None)
+    if rule.exchange is not None and members[0].turn:
+        free = (
+            _units(rule, members)
+            - k
+            - sum(int((~a).sum()) for a in _allowed(rule, members, members[0].value.device) or ())
+        )
+        dropped = max(0, min(round(rule.exchange.turnover(members[0].step) * k), free))
+        stay = _top_of(rule, members, among(rule.exchange.stay, True), k - dropped)
+        grown = _top_of(rule, members, among(rule.score, False), dropped)
+        found = [torch.cat(pair).sort().values for pair in zip(stay, grown, strict=True)]
+    else:
+        found = _top_of(rule, members, rule.score, k)
+    return {w.name: Selection(_ids(i), w.stored[1], w.stored[0]) for w, i in zip(members, found, strict=True)}
+
+
+def among(score: Score, chosen: bool) -> Score:
+    """The same of what is chosen now, or of what is not: 0 elsewhere, and there the next larger float32, which is never 0."""
+
+    def part(w: Weight) -> Tensor:
+        s = score(w).float().contiguous()
+        return torch.where(w.chosen == chosen, (s.view(torch.int32) + 1).view(torch.float32), 0.0)
+
+    part.by_entry = getattr(score, "by_entry", False)  # type: ignore[attr-defined]
+    return part
+
+
+def _top_of(rule: Rule, members: list[Weight], score: Score, k: int) -> list[Tensor]:
+    """For every member the sorted ids of its units among the k best of all."""
+    scores = [unit_scores(score, w) for w in members]
+    tie = getattr(score, "tie", None)
     if members[0].cut is not None and not members[0].whole:
         seconds = (lambda: [unit_scores(tie, w) for w in members]) if tie else None
-        found = top_over_ranks(scores, k, seconds, rule.threshold)
-        return {w.name: Selection(_ids(i), w.stored[1], w.stored[0]) for w, i in zip(members, found, strict=True)}
+        return top_over_ranks(scores, k, seconds, rule.threshold)
     second = (lambda: torch.cat([unit_scores(tie, w) for w in members])) if tie else None
     flat = scores[0] if len(scores) == 1 else torch.cat(scores)
-    index, out, start = _top_allowed(rule, members, flat, k, second), {}, 0
-    for w, s in zip(members, scores, strict=True):
+    index, out, start = _top_allowed(rule, members, flat, k, second), [], 0
+    for s in scores:
         low, high = torch.searchsorted(index, torch.tensor([start, start + s.numel()], device=index.device)).tolist()
-        shape, unit = w.stored
-        out[w.name] = Selection(_ids(index[low:high] - start), unit, shape)
+        out.append(index[low:high] - start)
         start += s.numel()
     return out
 
 
 def _top_allowed(rule: Rule, members: list[Weight], flat: Tensor, k: int, tie: Callable[[], Tensor] | None) -> Tensor:
     """`top` of the units that hold no excluded entry."""
-    if not any(w.name in rule.exclude for w in members):
+    masks = _allowed(rule, members, flat.device)
+    if masks is None:
         return top(flat, k, tie, rule.threshold)
-    masks = []
-    for w in members:
-        shape, unit = w.stored
-        masks.append(torch.ones(unit.count(shape), dtype=torch.bool, device=flat.device))
-        if w.name in rule.exclude:
-            masks[-1][unit.of(rule.exclude[w.name].to(flat.device, torch.int64), shape)] = False
     allowed = torch.cat(masks).nonzero().squeeze(1)
     return allowed[top(flat[allowed], k, None if tie is None else lambda: tie()[allowed], rule.threshold)]
 
 
+def _allowed(rule: Rule, members: list[Weight], device: torch.device) -> list[Tensor] | None:
+    """For every member which units hold no excluded entry; None where all are free of them."""
+    if not any(w.name in rule.exclude for w in members):
+        return None
+    masks = []
+    for w in members:
+        shape, unit = w.stored
+        masks.append(torch.ones(unit.count(shape), dtype=torch.bool, device=device))
+        if w.name in rule.exclude:
+            masks[-1][unit.of(rule.exclude[w.name].to(device, torch.int64), shape)] = False
+    return masks
+
+
 def _choose_groups(rule: Rule, members: list[Weight], k: int) -> dict[str, Selection]:
     """The score of a group is the mean over its tensors, so that a bias does not count as a second vote."""
-    groups: dict[str, list[Tensor]] = {}
-    for w in members:
-        groups.setdefault(group_of(rule.unit, w.name), []).append(unit_scores(rule.score, w))
-    device = next(iter(groups.values()))[0].device
-    for name in {group_of(rule.unit, w.name) for w in members if w.name in rule.exclude}:
-        del groups[name]
-    flat = torch.cat([torch.stack(s).mean(0) for s in groups.values()]) if groups else torch.empty(0, device=device)
-    kept = {list(groups)[i] for i in top(flat, k).tolist()}
+    names = {w.name: group_of(rule.unit, w.name) for w in members}
+    barred = {names[w.name] for w in members if w.name in rule.exclude}
+    groups: dict[str, list[Tensor]] = {name: [] for name in names.values() if name not in barred}
+    kept, peers, device = set(groups), tuple(groups), members[0].value.device
+    members[0].forget()
+    if 0 < k < len(groups):  # else there is nothing to ask
+        for w in members:
+            w.peers = peers
+            if names[w.name] in groups:
+                groups[names[w.name]].append(unit_scores(rule.score, w))
+        flat = torch.cat([torch.stack(s).mean(0) for s in groups.values()])
+        kept = {peers[i] for i in top(flat, k).tolist()}
     out = {}
     for w in members:
         whole = Selection.whole(w.stored[0], device, rule.unit)
-        out[w.name] = whole if group_of(rule.unit, w.name) in kept else replace(whole, index=whole.index[:0])
+        out[w.name] = whole if k and names[w.name] in kept else replace(whole, index=whole.index[:0])
     return out
 
 
@@ -198,8 +237,7 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
     shape, unit = w.stored
     n, name = unit.count(shape), getattr(score, "__name__", type(score).__name__)
     if s.shape == w.value.shape and tuple(s.shape) != (n,):
-        grid = unit.grid((s.transpose(-1, -2) if w.transposed else s).contiguous())
-        s = (grid.sum(-1) if grid.shape[-1] != 1 else grid).flatten()
+        s = by_unit(s, w)
     elif tuple(s.shape) != (n,):
         raise ValueError(
             f"score {name!r} returned shape {tuple(s.shape)} for {w.name!r}: expected the weight's "
@@ -214,6 +252,12 @@ def unit_scores(score: Score, w: Weight) -> Tensor:
         )
     w.forget()
     return s
+
+
+def by_unit(x: Tensor, w: Weight) -> Tensor:
+    """The sums over the entries of every unit `[n_units]`, in storage order, of a tensor of the weight's shape."""
+    grid = w.stored[1].grid((x.transpose(-1, -2) if w.transposed else x).contiguous())
+    return (grid.sum(-1) if grid.shape[-1] != 1 else grid).flatten()
 
 
 def kth_largest(scores: Tensor, k: int) -> float:
@@ -293,58 +337,3 @@ def _cuts_of_pieces(
         reached = torch.where(g.abs().float() >= cuts[name], g.float(), 0.0).square().sum(dtype=torch.float64)
         mine += float(reached) if bool(torch.isfinite(g).all()) else math.nan
     return cuts, shards.total(mine, next(iter(grads.values())).device)
-
-
-def kth_over_ranks(pools: list[list[Tensor]], ks: list[int]) -> list[float]:
-    """For every pool the exact k-th largest magnitude of its tensors on all ranks together; k is at least 1.
-
-    Counts of bit patterns, eleven bits at a time from the top, are added over ranks: three rounds for all pools together.
-    """
-    device, left = pools[0][0].device, torch.tensor(ks)
-    found = torch.zeros(len(pools), dtype=torch.int64)
-    for shift, width in ((20, 11), (10, 10), (0, 10)):  # of 31 bits: the sign is none of a magnitude's
-        table = torch.zeros(len(pools), 1 << width, dtype=torch.int64, device=device)
-        for i, pool in enumerate(pools):
-            for x in pool:
-                bits = x.float().contiguous().view(torch.int32).flatten() & 0x7FFFFFFF
-                within = bits[(bits >> (shift + width)) == int(found[i])] if shift + width < 31 else bits
-                table[i] += torch.bincount((within >> shift) & ((1 << width) - 1), minlength=1 << width)
-        shards.reduce_([table], "sum")
-        reached = table.cpu().flip(1).cumsum(1)  # how many there are from the largest down
-        at = (reached >= left[:, None]).int().argmax(1)
-        left -= torch.where(at > 0, reached.gather(1, (at - 1).clamp_min(0)[:, None])[:, 0], 0)
-        found = (found << width) | ((1 << width) - 1 - at)
-    return found.to(torch.int32).view(torch.float32).tolist()
-
-
-def top_over_ranks(
-    scores: list[Tensor], k: int, tie: Callable[[], list[Tensor]] | None = None, threshold: bool = False
-) -> list[Tensor]:
-    """`top` of tensors of which every rank holds some rows: for each the sorted ids, here, of what is chosen.
-
-    Equal scores: the larger `tie`, then the earlier tensor, then the lower rank, then the smaller id, as `top` has it of the whole.
-    """
-    if k <= 0:
-        return [torch.empty(0, dtype=torch.int64, device=s.device) for s in scores]
-    cut = kth_over_ranks([scores], [k])[0]
-    above, level = [(s > cut).nonzero().flatten() for s in scores], [(s == cut).nonzero().flatten() for s in scores]
-    device = scores[0].device
-    if not threshold:
-        need = k - int(shards.counts([sum(len(a) for a in above)], device).sum())
-        if tie is not None and need < int(shards.counts([sum(len(x) for x in level)], device).sum()):
-            seconds = [t[x] for t, x in zip(tie(), level, strict=True)]
-            second = kth_over_ranks([seconds], [need])[0]
-            more = [x[s > second] for x, s in zip(level, seconds, strict=True)]
-            need -= int(shards.counts([sum(len(m) for m in more)], device).sum())
-            above = [torch.cat(pair) for pair in zip(above, more, strict=True)]
-            level = [x[s == second] for x, s in zip(level, seconds, strict=True)]
-        level = _first(level, need)
-    return [torch.cat(pair).sort().values for pair in zip(above, level, strict=True)]
-
-
-def _first(level: list[Tensor], need: int) -> list[Tensor]:
-    """The first of these ids on all ranks together: by tensor, then by rank."""
-    counts = shards.counts([len(x) for x in level], level[0].device)  # [ranks, tensors]
-    before = counts.t().reshape(-1).cumsum(0).view(counts.t().shape).t() - counts
-    left = (need - before[shards.rank()]).clamp_min(0).tolist()
-    return [x[:n] for x, n in zip(level, left, strict=True)]

@@ -28,6 +28,7 @@ from finetooth.selection import Selection
 from finetooth.units import WHOLE, Unit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+UNITS = ("selection", "replaced", "window")  # what it holds of units
 PLAIN = ("master", "bits", "held")  # what a slot's state holds as it is
 
 
@@ -61,6 +62,7 @@ class Slot:
     bits: Tensor | None = None  # [ceil(n / 8)] uint8: what was chosen at the last step, eight entries a byte
     held: Tensor | None = None  # [k] the base values under `bits`, in the weight's dtype
     kind: str = "fp32"  # of the moments, see `moments.py`
+    window: Replaced | None = None  # where gradients are added up for the next selection, and the sums, float32
     everywhere: int | None = None  # of a sharded tensor: the number of entries chosen on all ranks together
 
     def start_bits(self, p: Tensor) -> Tensor:
@@ -277,12 +279,20 @@ class Slot:
             return base
         return p if self.replaced is None else self.replaced.original(p)
 
+    def seen_window(self, p: Tensor) -> Tensor:
+        """The sums of the window in the shape of the tensor, 0 elsewhere."""
+        out = torch.zeros_like(p, dtype=torch.float32)
+        if self.window is not None:
+            Selection(self.window.index, self.window.unit, self.window.shape).scatter_(out, self.window.values)
+        return out
+
     def tensors(self) -> list[Tensor]:
         """Every tensor this slot keeps."""
         held = [*moments.tensors(self.exp_avg), *moments.tensors(self.exp_avg_sq)]
         held += [t for t in (self.master, self.age, self.bits, self.held) if isinstance(t, Tensor)]
         held += [self.selection.index] if self.selection is not None else []
-        held += [self.replaced.index, self.replaced.values] if self.replaced is not None else []
+        for part in (self.replaced, self.window):
+            held += [part.index, part.values] if part is not None else []
         return held
 
     def state(self) -> dict[str, Any]:
@@ -292,11 +302,11 @@ class Slot:
         for field in MOMENTS:
             if (moment := getattr(self, field)) is not None:
                 out[field] = moment if isinstance(moment, Tensor) else moment.state()
-        for field in ("selection", "replaced"):
+        for field in UNITS:
             if (held := getattr(self, field)) is not None:
                 out[field] = {"index": held.index, "unit": [held.unit.kind, held.unit.size], "shape": list(held.shape)}
-        if self.replaced is not None:
-            out["replaced"]["values"] = self.replaced.values
+            if isinstance(held, Replaced):
+                out[field]["values"] = held.values
         return out
 
     @staticmethod
@@ -311,7 +321,7 @@ class Slot:
             setattr(slot, field, here(state.get(field)))
         for field in MOMENTS:
             setattr(slot, field, moments.restore(state.get(field), device))
-        for field in ("selection", "replaced"):
+        for field in UNITS:
             if held := state.get(field):
                 unit, shape, index = Unit(*held["unit"]), tuple(held["shape"]), here(held["index"])
                 made = (

@@ -27,7 +27,7 @@ RESTS: dict[str, Callable[..., Any]] = {
     "quantized": rest.quantized,
 }
 UNITS: dict[str, Callable[..., Any]] = {kind: lambda *size, kind=kind: Unit(kind, *size) for kind in KINDS}
-SCORES = {f.__name__: f for f in (scores.gradient, scores.snip, scores.magnitude, scores.random)}
+SCORES = {f.__name__: f for f in (scores.gradient, scores.snip, scores.magnitude, scores.random, scores.smallest)}
 
 
 def choice(name: str, given: Any) -> Any:

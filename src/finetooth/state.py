@@ -57,6 +57,7 @@ class SavedOptimizer(NamedOptimizer):
             "dtypes": {name: str(dtype).removeprefix("torch.") for name, dtype in self._dtypes.items()},
             "origins": dict(self._origins),
             "prints": dict(self._prints),
+            "rests": dict(self._rests),
             "slots": self._states(),
             "extra": self._extra_state(),
         }
@@ -108,6 +109,7 @@ class SavedOptimizer(NamedOptimizer):
         }
         self._count_chosen()
         self._origins, self._prints = dict(selective["origins"]), dict(selective["prints"])
+        self._rests = dict(selective.get("rests", {}))
         self._load_extra_state(selective["extra"])
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from finetooth import linear, scores
+from finetooth.base import Replaced
 from finetooth.meter import unique_bytes
 from finetooth.optim import SelectiveAdamW
 from finetooth.rest import frozen
@@ -58,7 +59,7 @@ def counted(rule: Rule, stored: Stored, seed: int) -> tuple[dict[str, int], bool
 
 
 def _whole(rule: Rule, stored: Stored, pools: dict[str, list[str]], seed: int) -> tuple[dict[str, int], bool]:
-    if rule.score is scores.random:  # reads names and seed only: the real choice, on tensors that take no memory
+    if getattr(rule.score, "blind", False):  # the real choice, on tensors that take no memory
         known = [_weight(rule, name, shape, seed) for name, (shape, _) in stored.items()]
         return {name: len(s) for name, s in select(rule, known).items()}, True
     groups: dict[str, dict[str, int]] = {pool: {} for pool in pools}
@@ -111,12 +112,14 @@ class Understudy(SelectiveAdamW):
         live, found = self._parameters(), dict[str, Selection]()
         for names in self._pools(live):
             weights = [self._weight(n, live[n], grads.get(n), stats.get(n)) for n in names]
-            self._rank(weights)
+            if self.rule.unit.kind not in WHOLE or not all(self._units[n] for n in names):
+                self._rank(weights)
             found |= {w.name: self._selection(w.name, w) for w in weights}
             del weights
         for name, new in found.items():
             slot = self._slots[name]
             slot.follow(new, live[name], self.rest.kind == "reset", self._remembers(slot), self._masters)
+        self._turns, self._made_for = self._turns + 1, self.steps
         self._settle()
         self._gather()
 
@@ -147,6 +150,10 @@ class Understudy(SelectiveAdamW):
             if isinstance(module, torch.nn.Linear) and len(selection) < selection.unit.count(selection.shape):
                 linear.attach(module, getattr(module, "chosen", None), _Noise(name, module.weight))
 
+    def _watches(self) -> bool:
+        """The second step stands for those of a window."""
+        return self.rule is not None and self.rule.exchange is not None and self._compact and self.steps == 1
+
     def chosen(self) -> dict[str, int]:
         """How many entries of every tensor are chosen at a step."""
         live = self._parameters()
@@ -170,7 +177,7 @@ class Understudy(SelectiveAdamW):
 
     def changes_everything(self) -> bool:
         """Whether any entry may end with another value, not only what is chosen last."""
-        return not self._compact and self._kind != "reset"
+        return (not self._compact or self.when is not once) and self._kind != "reset"
 
     def remarks(self) -> list[str]:
         """What the numbers leave open."""
@@ -194,6 +201,8 @@ class Understudy(SelectiveAdamW):
             else:
                 self._spend_dense(live, grads)
         self.steps += 1
+        if self._gradients is not None:
+            self._gradients.pause(self._needs_all())
 
     def _open(self, name: str) -> None:
         """Moments in eight bits are float32 for the length of an update."""
@@ -206,7 +215,13 @@ class Understudy(SelectiveAdamW):
         """Gradients of the chosen entries, where none are gathered; of one tensor what AdamW works on."""
         if not self._selected():
             self._select_compact(grads, {})
-        gathered = self._gradients.chosen if self._gradients is not None else {}
+        if self._watches():
+            for slot in self._slots.values():
+                if (s := slot.selection) is not None:
+                    sums = torch.zeros((len(s), s.unit.numel(s.shape)), device=s.index.device)
+                    slot.window = Replaced(s.unit, s.shape, s.index.clone(), sums)
+        paused = self._gradients is None or self._gradients.paused
+        gathered = {} if paused or self._gradients is None else self._gradients.chosen
         chosen = {n: s for n in live if (s := self._slots[n].selection) is not None and len(s)}
         as_is = {n for n, s in chosen.items() if n in gathered or s.unit.kind in WHOLE}
         used = {n: grads[n] if n in as_is else s.gather(grads[n]) for n, s in chosen.items()}
@@ -254,7 +269,7 @@ class Understudy(SelectiveAdamW):
 
 def _score(rule: Rule, w: Weight) -> Tensor:
     """A score's memory; where it needs values (a compiled kernel), that of two float32 copies of the weight."""
-    if rule.score is scores.random:  # hashed in small pieces: thousands of them for a large model
+    if rule.score in (scores.random, scores.grown):  # hashed in small pieces: thousands of them for a large model
         shape, unit = w.stored
         return torch.zeros(unit.count(shape), device=w.value.device)
     with suppress(Unavailable):

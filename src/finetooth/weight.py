@@ -27,14 +27,30 @@ class Weight:
     `value`, `grad`, `base` and `proposed` are `[out, in]` (experts: `[expert, out, in]`) whatever the storage,
     so that a column is an input feature for `nn.Linear` and `Conv1D` alike. `grad` is the mean gradient of
     the accumulation window, or of the calibration batches; `base` the pretrained value; `proposed` the value
-    a dense optimizer step would give, in float32; `stats` what `probe` measured, by name; `unit` what is
-    chosen together. `transposed` tells `select` that the storage is `[in, out]`.
+    a dense optimizer step would give, in float32; `squares` the sum over calibration rows of each row's squared gradient;
+    `chosen` is the selection in force and `window` what was added up of the gradients outside it (`rule.Exchange`);
+    `stats` what else `probe` measured, by name; `unit` what is chosen together. `transposed` tells `select` that the
+    storage is `[in, out]`. `turn` is how many selections were made before this one; `peers` are the modules or layers
+    that share its pool, in the model's order, where whole tensors are chosen.
 
     Of a sharded tensor (`cut`) a score sees all, put together when it is read (`whole`); a score of single entries that has an
     attribute `by_entry = True` sees what its rank holds, in units of elements.
     """
 
-    __slots__ = ("_given", "_lazy", "cut", "name", "seed", "stats", "step", "transposed", "unit", "whole")
+    __slots__ = (
+        "_given",
+        "_lazy",
+        "cut",
+        "name",
+        "peers",
+        "seed",
+        "stats",
+        "step",
+        "transposed",
+        "turn",
+        "unit",
+        "whole",
+    )
 
     def __init__(
         self,
@@ -50,11 +66,23 @@ class Weight:
         transposed: bool = False,
         cut: Cut | None = None,
         whole: bool = False,
+        squares: Lazy = None,
+        window: Lazy = None,
+        chosen: Lazy = None,
+        turn: int = 0,
     ) -> None:
-        self.name, self.seed, self.step = name, seed, step
+        self.name, self.seed, self.step, self.turn = name, seed, step, turn
+        self.peers: tuple[str, ...] = ()
         self.unit, self.transposed, self.cut, self.whole = unit, transposed, cut, whole
         self.stats: Mapping[str, Tensor] = stats or {}
-        self._given: dict[str, Lazy] = {"value": value, "grad": grad, "base": base, "proposed": proposed}
+        self._given: dict[str, Lazy] = {
+            "value": value,
+            "grad": grad,
+            "base": base,
+            "proposed": proposed,
+            "squares": squares,
+        }
+        self._given |= {"window": window, "chosen": chosen}
         self._lazy = dict(self._given)
 
     def forget(self) -> None:
@@ -91,6 +119,21 @@ class Weight:
     def proposed(self) -> Tensor:
         """The value after a dense optimizer step, float32."""
         return self._read("proposed")
+
+    @property
+    def squares(self) -> Tensor:
+        """The sum over calibration rows of the squared gradient of each, float32."""
+        return self._read("squares")
+
+    @property
+    def window(self) -> Tensor:
+        """Gradients added up over the steps before this selection, float32; 0 where nobody looked (see `rule.Exchange`)."""
+        return self._read("window")
+
+    @property
+    def chosen(self) -> Tensor:
+        """What is chosen now, bool."""
+        return self._read("chosen")
 
     @property
     def stored(self) -> tuple[tuple[int, ...], Unit]:

@@ -24,7 +24,12 @@ def every(n: int) -> When:
     """
     if n < 1:
         raise ValueError(f"every({n}): give the number of optimizer steps between two selections, at least 1.")
-    return lambda step: step % n == 0
+
+    def when(step: int) -> bool:
+        return step % n == 0
+
+    when.__name__ = "every step" if n == 1 else f"every({n})"
+    return when
 
 
 def at(steps: Iterable[int]) -> When:

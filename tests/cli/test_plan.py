@@ -16,6 +16,7 @@ from finetooth import embedded
 from finetooth.cli.main import app
 from finetooth.data import Tokens
 from finetooth.longest import longest_rows
+from tests.laws.toy import NEEDED
 
 runner = CliRunner()
 
@@ -74,11 +75,14 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("row", list(finetooth.METHODS))
 def test_every_row(row: str, full: Any, tmp_path: Path) -> None:
-    found = call(recipe(tmp_path, method={"name": row}))
+    given: dict[str, Any] = dict(NEEDED.get(row, {}))
+    if finetooth.METHODS[row].source:
+        given["calibration"] = "embedded:banking77/test"
+    found = call(recipe(tmp_path, method={"name": row, **given}))
     if row in ("full", "gmt", "gmt-strict"):
         assert found["gradients"] == full["gradients"]
     else:
-        assert found["gradients"] < full["gradients"] and found["kinds"]["embedding"]["chosen"] in (0, 32768)
+        assert found["gradients"] < full["gradients"] and found["kinds"]["embedding"]["chosen"] in (0, 4 * 64, 32768)
     assert found["delta"] <= full["delta"]
 
 
@@ -90,6 +94,13 @@ def test_what_makes_it_less(tmp_path: Path) -> None:
     assert half["weights"] < plain["weights"] and half["state"] == plain["state"]
     assert again["activations"] < plain["activations"] / 2 and again["training_peak"] < plain["training_peak"]
     assert more["training_peak"] > plain["training_peak"]  # gradients of earlier micro-batches stay
+
+
+def test_a_delta_of_turns_may_hold_every_layer(tmp_path: Path) -> None:
+    """Not only those that a plan sees chosen first."""
+    full, lisa, badam = (call(recipe(tmp_path, method={"name": row})) for row in ("full", "lisa", "badam"))
+    blocks = sum(n["weights"] for kind, n in badam["kinds"].items() if "," in kind)
+    assert lisa["delta"] == full["delta"] > badam["delta"] > 4 * blocks
 
 
 def test_packing_and_text(tmp_path: Path) -> None:
@@ -110,6 +121,12 @@ def test_packing_and_text(tmp_path: Path) -> None:
         ("method.targets=nothing*", "no parameter matches"),
         ("trian.epochs=2", "unknown"),
         ("evaluate.quantized_bits=4", "gift-sw"),
+        ("method.name=ssu", "method.calibration"),
+        ("method.calibration=embedded:banking77/test", "is not read"),
+        ("method.name=rows", "needs rows="),
+        ("method={name: rows, rows: [512]}", "has 512 rows"),
+        ("method={name: rows, rows: ['no such token']}", "has no token 'no such token'"),
+        ("method={name: badam, order: upwards}", "ascending"),
     ],
 )
 def test_bad_input(change: str, said: str, tmp_path: Path) -> None:

@@ -13,16 +13,19 @@ from finetooth import Delta
 
 from ..laws.toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
 
-TRAINED = [row for row in ROWS if row != "full"]
+TRAINED = [row for row in ROWS if row not in ("full", "rows")]
 
 
 def other(dtype: torch.dtype, row: str) -> Delta:
-    """A delta in the units that the row trains: some columns for columns, modules for matrices, else entries everywhere."""
+    """A delta in the units that the row trains: columns for columns, modules for matrices, layers for layers, else entries everywhere."""
     weights = snapshot(Toy(dtype))
     tuned = {n: t.clone() for n, t in weights.items()}
     for i, (name, t) in enumerate(tuned.items()):
-        if row == "hft":
+        if row in ("hft", "spectrum"):
             if "layers.0" in name and ("q_proj" in name or "up_proj" in name):
+                t += 1
+        elif row in ("lisa", "badam"):
+            if "layers.0" in name:
                 t += 1
         elif row == "gift-sw":
             if t.ndim == 2:
@@ -138,6 +141,8 @@ def test_what_cannot_be_done_is_refused() -> None:
     delta = other(torch.float32, "grad")
     with pytest.raises(ValueError, match="'full', which trains every weight"):
         build("full", Toy(), exclude=delta)
+    with pytest.raises(ValueError, match="named one by one"):
+        build("rows", Toy(), exclude=delta)
     with pytest.raises(ValueError, match="quantized"):
         build("gift-sw", Toy(), exclude=other(torch.float32, "gift-sw"), rest="quantized(4)")
     with pytest.raises(ValueError, match="which is not there in this model"):

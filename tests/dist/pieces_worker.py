@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from finetooth import pieces, shards
-from finetooth.selection import Selection, kth_largest, kth_over_ranks, top, top_over_ranks
+from finetooth.ranked import kth_over_ranks, top_over_ranks
+from finetooth.selection import Selection, kth_largest, top
 from finetooth.shards import Cut
 from finetooth.units import Unit
 

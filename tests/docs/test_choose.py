@@ -1,4 +1,4 @@
-"""docs/choose.md has no number of its own: what it says was measured stands on the page that it comes from."""
+"""docs/choose.md has no number of its own: what it says was measured, or planned, stands on the page that it comes from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("docs/benchmarks.md", "examples/README.md")
+SOURCES = ("docs/benchmarks.md", "docs/plan.md", "examples/README.md")
 NUMBER = re.compile(r"(?<![\w.,])(\d{1,3}(?:,\d{3})+|\d+\.\d{2,}|\d{3,})(?!\w)")
 
 

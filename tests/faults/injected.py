@@ -121,7 +121,8 @@ def _entry(value: float, inside: bool = True, everywhere: bool = False) -> Calla
     return hurt
 
 
-SPARSE = tuple(row for row in ROWS if row not in DENSE and row != "hft")  # hft leaves out whole tensors
+WHOLE = ("hft", "spectrum", "lisa", "badam")  # they leave out whole tensors
+SPARSE = tuple(row for row in ROWS if row not in (*DENSE, *WHOLE, "spiel"))  # spiel's windows read every gradient
 UNCLIPPED = (("max_grad_norm", None),)
 FAULTS = (
     Fault("loss NaN, all of a step", _loss(NAN)),
@@ -200,8 +201,15 @@ def short() -> Iterator[tuple[Fault, str, str, str]]:
     """Every fault and row once, with precision and route in turn."""
     for i, fault in enumerate(FAULTS):
         for j, row in enumerate(fault.rows):
-            route = ROUTES[(i + j) % 3] if row not in (*DENSE, "hft") else "dense"
+            route = _routes(row, ROUTES)[(i + j) % len(_routes(row, ROUTES))]
             yield fault, row, list(DTYPES)[(i + j // 2) % 2], route
+
+
+def _routes(row: str, routes: tuple[str, ...]) -> tuple[str, ...]:
+    """Whole tensors have their gradient in `p.grad`; an embedding is no linear layer."""
+    if row in (*DENSE, *WHOLE):
+        return ("dense",)
+    return tuple(route for route in routes if row != "rows" or route != "structured")
 
 
 def cases(routes: tuple[str, ...] = ROUTES) -> Iterator[tuple[Fault, str, str, str]]:
@@ -209,7 +217,7 @@ def cases(routes: tuple[str, ...] = ROUTES) -> Iterator[tuple[Fault, str, str, s
     for fault in FAULTS:
         for row in fault.rows:
             for dtype in DTYPES:
-                for route in routes if row not in (*DENSE, "hft") else ("dense",):
+                for route in _routes(row, routes):
                     yield fault, row, dtype, route
 
 

@@ -22,9 +22,22 @@ PACKAGE = SRC / "finetooth"
 # From low to high. A module may import its own level and those below; a cycle is never allowed.
 LEVELS = (
     {"units", "kernels", "shards", "quantize", "files", "nearest", "schema"},
-    {"selection", "weight", "rule", "pieces", "saved"},
+    {"ranked", "selection", "weight", "rule", "pieces", "saved"},
     {"scores", "when", "rest", "base", "probe", "anatomy", "halves", "checkpoint"},
-    {"optim", "checks", "choosing", "gradients", "guard", "moments", "noise", "named", "state", "slot", "linear"}
+    {
+        "optim",
+        "checks",
+        "choosing",
+        "gradients",
+        "guard",
+        "moments",
+        "noise",
+        "named",
+        "state",
+        "slot",
+        "linear",
+        "window",
+    }
     | {
         "coding",
         "codec",
@@ -41,7 +54,7 @@ LEVELS = (
         "serve",
     }
     | {"moves", "merging", "conflicting", "contrast", "chain", "switch"},
-    {"methods", "spelled", "exclude", "assemble"},
+    {"method", "methods", "spelled", "exclude", "assemble"},
     {"recipe", "embedded", "data", "answers", "pretrained"},
     {"jobs", "measure", "train", "trainer", "run", "evaluate", "preview", "report", "hf", "settings", "reporting"}
     | {"generated"}

@@ -5,7 +5,7 @@ import torch
 
 import finetooth
 
-from .toy import DTYPES, ROWS, Toy, batches, build, train
+from .toy import AGAIN, DTYPES, ROWS, Toy, batches, build, train
 
 # Bytes for each entry that trains: index 4, moments 8, and 4 for the base value and the master together (float32: 4 and none,
 # bfloat16: 2 and 2). A whole matrix, column or row needs one index for all its entries.
@@ -22,6 +22,13 @@ def limit(opt: finetooth.SelectiveAdamW, row: str, size: int) -> float:
         return DENSE * sum(sizes) + bits
     if row == "dst":
         return DENSE * sum(sizes) + bits + size * sum(s.numel for s in opt.selections().values())
+    if row == "spiel":  # an age each, and in a window a position and a sum
+        return sum((COMPACT + 4 + 8) * s.numel for s in opt.selections().values())
+    if row in AGAIN:  # base values of whatever trained, with their index, and an age for every unit
+        ever = sum(
+            len(s.replaced.index) * (4 + s.replaced.values.shape[1] * size) for s in opt._slots.values() if s.replaced
+        )
+        return ever + sum((COMPACT - 4) * s.numel + 8 * len(s) for s in opt.selections().values())
     return sum((COMPACT - 4) * s.numel + 4 * len(s) for s in opt.selections().values())
 
 

@@ -8,9 +8,10 @@ import torch
 from finetooth import METHODS, Rule, Unit, Weight, build, select
 from finetooth.rule import count
 
-from .toy import ROWS, Toy, own_score
+from .toy import NEEDED, ROWS, Toy, own_score
 
 UNITS = [Unit(), Unit("row"), Unit("column"), Unit("block", 4), Unit("block", 1000), Unit("matrix"), Unit("layer")]
+ONLY = {"gift-sw": ("column",), "spectrum": ("matrix", "layer")}
 
 
 def weights(unit: Unit, dtype: torch.dtype) -> list[Weight]:
@@ -19,7 +20,11 @@ def weights(unit: Unit, dtype: torch.dtype) -> list[Weight]:
     for name, shape in (("l.0.a.weight", (6, 4)), ("l.1.b.weight", (2, 8)), ("l.1.c.weight", (1, 4))):
         draw = [torch.randn(shape, generator=g).to(dtype) for _ in range(3)]
         stats = {f"input_norm_{r}": torch.rand(shape[1], generator=g) for r in ("inf", "2", "1")}
-        out.append(Weight(name, draw[0], draw[1], draw[2], (draw[0] + 0.1).float(), stats, unit=unit))
+        out.append(
+            Weight(
+                name, draw[0], draw[1], draw[2], (draw[0] + 0.1).float(), stats, unit=unit, squares=draw[1].float() ** 2
+            )
+        )
     return out
 
 
@@ -31,8 +36,8 @@ def score_of(row: str):
 @pytest.mark.parametrize("unit", UNITS, ids=str)
 @pytest.mark.parametrize("row", [r for r in ROWS if r != "full"])
 def test_exactly_k(row: str, unit: Unit, dtype: torch.dtype) -> None:
-    if row == "gift-sw" and unit.kind != "column":
-        pytest.skip("GIFT-SW's score is one of columns: other units are refused, see test_models")
+    if unit.kind not in ONLY.get(row, (unit.kind,)):
+        pytest.skip("the score is one of columns, or of whole matrices: other units are refused, see test_models")
     rule = Rule(score_of(row), unit, keep=1)
     if row in ("gmt", "gmt-strict"):
         rule = replace(rule, threshold=True)
@@ -70,5 +75,6 @@ def test_a_threshold_keeps_ties() -> None:
 
 @pytest.mark.parametrize("row", [r for r in ROWS if r not in ("full", "gift-sw")])
 def test_nothing_selected_is_an_error(row: str) -> None:
+    ids = [torch.zeros(1, 2, dtype=torch.long)]
     with pytest.raises(ValueError, match="nothing would train"):
-        build(own_score if row == "own" else row, Toy(), keep=0, calibration=[torch.zeros(1, 2, dtype=torch.long)])
+        build(own_score if row == "own" else row, Toy(), keep=0, calibration=ids, **NEEDED.get(row, {}))

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetooth
 
-from .toy import DTYPES, ROWS, Toy, batches, build, own_score, same, snapshot, train
+from .toy import DTYPES, NEEDED, ROWS, Toy, batches, build, own_score, same, snapshot, train
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,7 +38,9 @@ def test_on_a_llama(row: str) -> None:
             vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
         )
         model = LlamaForCausalLM(config)
-        opt = finetooth.build(own_score if row == "own" else row, model, lr=1e-3, calibration=[ids])
+        opt = finetooth.build(
+            own_score if row == "own" else row, model, lr=1e-3, calibration=[ids], **NEEDED.get(row, {})
+        )
         for micro in ids.chunk(accumulate):
             (model(input_ids=micro, labels=micro).loss / accumulate).backward()
         opt.step()

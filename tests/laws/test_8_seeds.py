@@ -5,7 +5,7 @@ import torch
 
 from .toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
 
-RANDOM_SELECTION = ("random", "hft")
+RANDOM_SELECTION = ("random", "hft", "lisa", "badam", "spiel")
 
 
 def run(row: str, dtype: str, seed: int) -> dict[str, torch.Tensor]:

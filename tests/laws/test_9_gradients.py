@@ -44,7 +44,7 @@ def test_units(unit: str, accumulate: int, dtype: str) -> None:
 def test_rows(row: str, dtype: str) -> None:
     """Rows with dense state have dense gradients whatever is asked for."""
     ended = []
-    for route in ROUTES:
+    for route in ROUTES[:2] if row == "rows" else ROUTES:  # an embedding is no linear layer
         model = Toy(DTYPES[dtype])
         opt = build(row, model, gradients=route)
         list(train(model, opt, batches(4), 2))

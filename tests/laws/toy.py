@@ -87,6 +87,7 @@ def own_score(w: Weight) -> Tensor:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS = [*finetooth.METHODS, "own"]
+NEEDED: dict[str, dict[str, Any]] = {"rows": {"rows": [1, 3, "5-6"]}}  # options without a default
 SMALL: dict[str, dict[str, Any]] = {  # budgets that mean something in matrices this small
     "gift-sw": {"keep": 3},
     "random": {"keep": 0.1},
@@ -94,7 +95,15 @@ SMALL: dict[str, dict[str, Any]] = {  # budgets that mean something in matrices 
     "snip": {"keep": 0.1},
     "magnitude": {"keep": 0.1},
     "own": {"keep": 0.1},
+    "fish": {"keep": 0.1},
+    "lift": {"rank": 2, "when": "every(2)"},
+    **NEEDED,
+    "spiel": {"keep": 0.1, "when": "every(2)", "window": 1, "steps": 8},
+    "lisa": {"keep": 1, "when": "every(2)"},
+    "badam": {"when": "every(2)"},
+    "nano": {"when": "every(2)"},  # so that a few steps choose again
 }
+AGAIN = ("nano", "lift", "lisa", "badam")  # compact rows that choose again and leave what they trained as it is
 
 
 def batches(n: int, seed: int = 0, size: int = 8) -> list[Tensor]:

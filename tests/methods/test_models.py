@@ -7,7 +7,7 @@ import finetooth
 from finetooth.anatomy import survey
 from finetooth.rest import noise, quantized, reset
 from finetooth.when import at, every
-from tests.laws.toy import own_score, same, snapshot
+from tests.laws.toy import NEEDED, own_score, same, snapshot
 
 from .models import FAMILIES, ids, step, tiny
 
@@ -20,7 +20,7 @@ def test_trains_and_reverts(family: str, row: str) -> None:
     model = tiny(family)
     base = snapshot(model)
     method = own_score if row == "own" else row
-    opt = finetooth.build(method, model, lr=1e-2, keep=KEEP.get(row), calibration=[ids()])
+    opt = finetooth.build(method, model, lr=1e-2, keep=KEEP.get(row), calibration=[ids()], **NEEDED.get(row, {}))
     for i in range(3):
         step(model, opt, ids(seed=i), accumulate=2)
     opt.verify_frozen()

@@ -17,6 +17,7 @@ from finetooth.rule import Rule, by_model, stem
 from finetooth.scores import magnitude, random
 from finetooth.understudy import Understudy, counted
 from finetooth.units import Unit
+from tests.laws.toy import NEEDED
 from tests.methods.models import ids, step, tiny
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -37,6 +38,7 @@ CHANGED: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def real(row: str, model: PreTrainedModel, **given: Any) -> finetooth.SelectiveAdamW:
+    given = {**NEEDED.get(row, {}), **given}
     opt = finetooth.build(row, model, calibration=[ids()] if row in CALIBRATED else None, **given)
     for i in range(3):
         step(model, opt, ids(seed=i))
@@ -44,6 +46,7 @@ def real(row: str, model: PreTrainedModel, **given: Any) -> finetooth.SelectiveA
 
 
 def planned(row: str, model: PreTrainedModel, dtype: torch.dtype, **given: Any) -> Understudy:
+    given = {**NEEDED.get(row, {}), **given}
     with FakeTensorMode(), Meter():
         bare = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
         batch = torch.ones((4, 8), dtype=torch.int64)
@@ -60,7 +63,8 @@ def planned(row: str, model: PreTrainedModel, dtype: torch.dtype, **given: Any) 
 @pytest.mark.parametrize("row", list(finetooth.METHODS))
 def test_state_is_exact(row: str, family: str, dtype: torch.dtype) -> None:
     model = tiny(family).to(dtype)
-    assert planned(row, model, dtype).planned_state() == real(row, model).state_bytes()
+    given = {"when": "every(4)", "window": 3} if row == "spiel" else {}  # the plan's second step lies in a window
+    assert planned(row, model, dtype, **given).planned_state() == real(row, model, **given).state_bytes()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,8 +82,10 @@ def test_what_trains_is_exact(row: str) -> None:
     found = {name: s.numel for name, s in opt.selections().items() if len(s)}
     if row in ("gmt", "gmt-strict"):  # ties at the threshold are kept: tokens that did not occur leave many zeros
         assert chosen.keys() == found.keys() and all(found[name] >= n for name, n in chosen.items())
+    elif row in ("fish", "spectrum"):  # which tensors is a matter of values; how much is not
+        assert sum(chosen.values()) == sum(found.values())
     else:
-        assert chosen == found
+        assert plan.exact and chosen == found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -44,7 +44,12 @@ STEPS = EPOCHS * PER_EPOCH
 BUDGET: dict[str, Any] = {
     "gift-sw": {"keep": 8},
     **{row: {"keep": 0.05} for row in ("random", "grad", "snip", "magnitude", "own")},
+    **{row: {"when": "every(3)"} for row in ("nano", "lisa", "badam")},  # choose again between two checkpoints
+    "lift": {"when": "every(3)", "rank": 8},
+    "spiel": {"when": "every(4)", "window": 3, "keep": 0.05, "steps": STEPS},
+    "rows": {"rows": ["3-40", 300]},
 }
+SOURCE = {"ssu": {"calibration": "embedded:banking77/test"}}  # what a recipe says beyond that
 SHARED: dict[str, Any] = {
     "per_device_train_batch_size": BATCH,
     "gradient_accumulation_steps": ACCUMULATE,
@@ -106,7 +111,7 @@ def finetooth_train(row: str, out: Path) -> Ended:
         (out / "model-0").rename(source)
     recipe = {
         "model": str(source),
-        "method": {"name": row, **BUDGET.get(row, {})},
+        "method": {"name": row, **BUDGET.get(row, {}), **SOURCE.get(row, {})},
         "optimizer": {"lr": 1e-3},
         "data": {"train": "embedded:banking77/train", "limit": ROWS},
         "train": {

@@ -17,11 +17,11 @@ def methods(
 ) -> None:
     """List the methods, or tell all about one."""
     with show.clean_errors():
-        from finetooth.assemble import check_options
+        from finetooth.assemble import row_named
         from finetooth.methods import METHODS
 
         if name is not None:
-            check_options(name, {})
+            row_named(name)
         rows = [_row(m) for m in METHODS.values() if name in (None, m.name)]
         if as_json:
             typer.echo(json.dumps(rows if name is None else rows[0], indent=2, ensure_ascii=False))
