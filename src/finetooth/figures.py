@@ -163,7 +163,7 @@ def _apart(wanted: Sequence[float], least: float) -> list[float]:
     """Heights in rising order at least so far apart, as near to what is wanted as one pass up and one down make them.
 
     >>> _apart([0.5, 0.5, 0.9], 0.25)
-    [0.25, 0.5, 0.9]
+    [0.5, 0.75, 1.0]
     """
     out = list(wanted)
     for i in range(1, len(out)):

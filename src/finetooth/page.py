@@ -145,7 +145,7 @@ def clock(seconds: float | None) -> str:
     """Seconds as a person says them.
 
     >>> clock(12.34), clock(182.9), clock(7300), clock(None)
-    ('12 s', '3 min 3 s', '2 h 2 min', '–')
+    ('12 s', '3 min 3 s', '2 h 1 min', '–')
     """
     if seconds is None:
         return "–"

@@ -28,7 +28,7 @@ def test_tensorboard_shows_what_the_metrics_say(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     assert {"train/loss", "train/grad_norm", "train/learning_rate"} <= set(events.Tags()["scalars"])
-    for key in ("loss", "grad_norm", "learning_rate", "skipped_steps"):
+    for key in ("loss", "grad_norm", "learning_rate", "clipped_steps"):  # it prints ten
         written = {line["step"]: line[key] for line in lines if key in line}
         shown = {event.step: event.value for event in events.Scalars(f"train/{key}")}
         assert shown == pytest.approx(written, rel=1e-6), key  # event files hold float32
@@ -44,7 +44,7 @@ def test_wandb_shows_the_same_and_leaves_stdout_alone(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["method"] == "gmt"
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     last = [line for line in lines if "loss" in line][-1]
-    for key in ("loss", "grad_norm", "learning_rate", "skipped_steps"):
+    for key in ("loss", "grad_norm", "learning_rate", "clipped_steps"):  # it prints ten
         shown = re.search(rf"train/{key} +([-\d.e]+)$", done.stderr, re.MULTILINE)  # of the summary that W&B prints
         assert shown and float(shown[1]) == pytest.approx(last[key], rel=1e-5, abs=1e-5), key
 
