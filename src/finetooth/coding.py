@@ -30,6 +30,7 @@ GAPS: dict[str, type[np.unsignedinteger[Any]]] = {"gap8": np.uint8, "gap16": np.
 STEPS = {"base4": 4, "base8": 8, "base16": 16, "base24": 24}  # bits of a short step
 INDEX, VALUES = ("plain", *GAPS, "bitmap"), ("plain", *STEPS)
 _PIECE = 1 << 16  # entries: what is worked on stays in the cache
+_BYTES = _PIECE // 8  # of a bitmap
 
 
 # -- ids -----------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def _bitmap_extent(stream: Ints) -> tuple[int, int, int]:
     n = sum(int(np.bitwise_count(piece).sum(dtype=np.uint32)) for piece in _pieces(stream))
     if not n:
         return 0, -1, -1
-    starts = range(0, stream.size, _PIECE)
+    starts = range(0, stream.size, _BYTES)
     low, high = (next(ids for i in way if (ids := _bits(stream, i)).size) for way in (starts, reversed(starts)))
     return n, int(low[0]), int(high[-1])
 
@@ -181,15 +182,15 @@ def _from_gaps(stream: Ints, out: Ints) -> None:
 
 def _from_bits(stream: Ints, out: Ints) -> None:
     n = 0
-    for i in range(0, stream.size, _PIECE):
+    for i in range(0, stream.size, _BYTES):
         ids = _bits(stream, i)
         out[n : n + ids.size] = ids
         n += ids.size
 
 
 def _bits(stream: Ints, i: int) -> Ints:
-    """The ids in the piece of a bitmap that begins with byte i."""
-    ids = np.flatnonzero(np.unpackbits(stream[i : i + _PIECE], bitorder="little").view(bool))
+    """The ids in the piece of a bitmap that begins with byte i, eight entries a byte."""
+    ids = np.flatnonzero(np.unpackbits(stream[i : i + _BYTES], bitorder="little").view(bool))
     ids += 8 * i
     return ids
 

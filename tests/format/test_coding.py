@@ -151,7 +151,7 @@ def test_checking_makes_nothing_of_the_stream_s_size() -> None:
     coding.check_steps("base4", np.zeros(1 << 22, np.uint8), 2 << 22, np.uint64)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 32 * 8 * coding._PIECE < full.nbytes * 8
+    assert peak < 32 * coding._PIECE < full.nbytes
 
 
 # -- beside decoders that go one number at a time ---------------------------------------------------
@@ -223,6 +223,7 @@ def test_ids_are_those_read_one_by_one(data: Any, kind: str, piece: int, off: in
     expected, array = ids_one_by_one(name, stream, count, units), np.array(stream, dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coding, "_PIECE", piece)
+        patch.setattr(coding, "_BYTES", piece)
         if expected is None:
             for look in (coding.check_index, coding.decode_index):
                 with pytest.raises(ValueError, match=r"increasing|range|holds|middle"):
@@ -246,6 +247,7 @@ def test_what_is_coded_is_read_one_by_one(gaps: list[int], dtype: Any, first: in
     units = int(index[-1]) + 1
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coding, "_PIECE", piece)
+        patch.setattr(coding, "_BYTES", piece)
         name, stream = coding.encode_index(index, units)
         sizes = coding.index_sizes(index, units)
         assert sizes[name] == stream.nbytes == min(sizes.values())
@@ -273,6 +275,7 @@ def test_steps_are_those_read_one_by_one(data: Any, name: str, itemsize: int, pi
     z = np.array(data.draw(st.lists(near, min_size=1, max_size=40)), f"u{itemsize}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coding, "_PIECE", piece)
+        patch.setattr(coding, "_BYTES", piece)
         stream = coding._packed(z, coding.STEPS[name]) if coding.STEPS[name] <= 8 * itemsize else z.view(np.uint8)
         raw = bytearray(stream.tobytes())
         for _ in range(data.draw(st.integers(0, 2))):

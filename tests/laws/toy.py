@@ -87,7 +87,9 @@ def own_score(w: Weight) -> Tensor:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ROWS = [*finetooth.METHODS, "own"]
-NEEDED: dict[str, dict[str, Any]] = {"rows": {"rows": [1, 3, "8-9"]}}  # options without a default; some on each of two ranks
+NEEDED: dict[str, dict[str, Any]] = {
+    "rows": {"rows": [1, 3, "8-9"]}
+}  # options without a default; some on each of two ranks
 SMALL: dict[str, dict[str, Any]] = {  # budgets that mean something in matrices this small
     "gift-sw": {"keep": 3},
     "random": {"keep": 0.1},
