@@ -144,11 +144,11 @@ def test_steps_that_are_none(name: str, stream: list[int], n: int, says: str) ->
 
 def test_checking_makes_nothing_of_the_stream_s_size() -> None:
     """A bitmap of ones says 32 times its size in ids: looking through it holds a piece of it."""
-    full = np.full(1 << 22, 255, np.uint8)
+    full, none = np.full(1 << 22, 255, np.uint8), np.zeros(1 << 22, np.uint8)
     tracemalloc.start()
     coding.check_index("bitmap", full, 8 << 22, 8 << 22)
-    coding.check_index("gap8", np.zeros(1 << 22, np.uint8), 1 << 22, 1 << 22)
-    coding.check_steps("base4", np.zeros(1 << 22, np.uint8), 2 << 22, np.uint64)
+    coding.check_index("gap8", none, 1 << 22, 1 << 22)
+    coding.check_steps("base4", none, 2 << 22, np.uint64)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 32 * coding._PIECE < full.nbytes
