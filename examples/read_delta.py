@@ -5,8 +5,7 @@
 For your own programs: copy it. `read` gives, for every changed tensor, its entry in the metadata, the ids of the units that
 changed, and their new values [count, unit_numel] as bit patterns (unsigned integers: numpy has no bfloat16; `.view` makes
 floats of what it has). Values that are coded against the base need the base's tensor: `new_values`. `apply` gives
-the whole new tensor. It does not check fingerprints; a program that applies deltas has to.
-"""
+the whole new tensor. It does not check fingerprints; a program that applies deltas has to."""
 
 import json
 import struct
@@ -43,6 +42,10 @@ def ids(entry, data, dtype):
     elif coding in ("gap8", "gap16"):
         ends = stream != np.iinfo(stream.dtype).max
         stream = np.cumsum(stream, dtype=np.int64)[ends] + np.arange(entry["count"])
+    elif coding == "gap7":
+        ends, place = stream < 128, np.arange(stream.size)
+        place -= np.maximum.accumulate(np.where(np.append(True, ends[:-1]), place, 0))  # of each byte in its number
+        stream = np.cumsum((stream & 127).astype(np.int64) << 7 * place)[ends] + np.arange(entry["count"])
     elif coding != "plain":
         raise ValueError(f"{coding} is newer than this reader")
     return stream

@@ -37,7 +37,7 @@ from finetooth.made import Lazy
 from finetooth.manifest import Entry, check_format, entry, origin, parsed, table, tied
 from finetooth.selection import Selection
 
-_INDEX = {"plain": ("I32", "I64"), "gap8": ("U8",), "gap16": ("U16",), "bitmap": ("U8",)}
+_INDEX = {"plain": ("I32", "I64"), "gap7": ("U8",), "gap8": ("U8",), "gap16": ("U16",), "bitmap": ("U8",)}
 _LONGEST_MESSAGE = 1000
 
 

@@ -34,7 +34,7 @@ from finetooth.units import Unit
 FORMAT = "finetooth-delta"
 VERSION = 2
 _BLOCK = 1 << 16
-_STREAMS = {"gap8": "U8", "gap16": "U16", "bitmap": "U8"}
+_STREAMS = {"gap7": "U8", "gap8": "U8", "gap16": "U16", "bitmap": "U8"}
 _SIZES = {"U8": 1, "U16": 2}
 _LONGEST_NAME = 1024
 

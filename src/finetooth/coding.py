@@ -2,19 +2,17 @@
 
 Ids. A gap is how many ids were left out since the one before. `gap8` writes it in bytes, `gap16` in 16 bits: the largest
 number means "so many, and the gap goes on". Summing the stream and looking where it is not the largest number decodes it,
-so no loop looks at entries. At 1 % random entries a gap takes 1.083 bytes; the entropy is 1.01. `bitmap` is a bit for
-every unit, `plain` the ids themselves. `index_sizes` counts what each would take.
+so no loop looks at entries. At 1 % random entries a gap takes 1.083 bytes; the entropy is 1.01. `gap7` (`varint.py`) is for ids
+in clusters. `bitmap` is a bit for every unit, `plain` the ids themselves. `index_sizes` counts what each would take.
 
 Values. Bit patterns, mapped so that a larger number is a larger integer, and subtracted: fine-tuning moves a bf16 weight
 by a few steps. The step is zigzagged (0, -1, 1, -2, ...) and stored in 4, 8, 16 or 24 bits, with the largest number for
 "see the list of long ones". All arithmetic is modulo 2^bits, so every pattern comes back.
 
-The alternative, an entropy coder (zstd, ANS), gains a tenth more and decodes ten times slower or needs a dependency.
-Not taken either: compiled twins of these loops. They are faster once they are compiled, but that takes longer than numpy takes
-for the largest tensor there is; and where a delta is made or applied, the fingerprints of the weights take longer than all of it.
+The alternative, an entropy coder (zstd, ANS), gains a tenth more and decodes ten times slower or needs a dependency. Compiled
+twins of these loops would take longer to compile than numpy takes for the largest tensor there is.
 
-Nothing is believed: a stream that is not what an encoder would write raises ValueError, which the reader of a file turns into a
-DeltaError. `check_*` look at streams piece by piece without making anything of their size.
+Nothing is believed: a stream that is not what an encoder would write raises ValueError, a DeltaError to the reader of a file. `check_*` look at streams piece by piece without making anything of their size.
 """
 
 from __future__ import annotations
@@ -25,10 +23,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetooth import varint
+
 Ints = NDArray[Any]
 GAPS: dict[str, type[np.unsignedinteger[Any]]] = {"gap8": np.uint8, "gap16": np.uint16}
 STEPS = {"base4": 4, "base8": 8, "base16": 16, "base24": 24}  # bits of a short step
-INDEX, VALUES = ("plain", *GAPS, "bitmap"), ("plain", *STEPS)
+INDEX, VALUES = ("plain", *GAPS, "gap7", "bitmap"), ("plain", *STEPS)
 _PIECE = 1 << 16  # entries: what is worked on stays in the cache
 _BYTES = _PIECE // 8  # of a bitmap
 
@@ -44,20 +44,19 @@ def index_sizes(index: Ints, units: int) -> dict[str, int]:
 def encode_index(index: Ints, units: int) -> tuple[str, Ints]:
     """The smallest coding of sorted ids [k], and its stream.
 
-    >>> encode_index(np.array([1, 2, 600], np.int32), 1000)
-    ('gap8', array([  1,   0, 255, 255,  87], dtype=uint8))
+    >>> encode_index(np.array([1, 2, 203], np.int32), 1000)
+    ('gap8', array([  1,   0, 200], dtype=uint8))
     """
     sizes, tried = _tried(index, units)
-    coding = min(sizes, key=lambda name: sizes[name])
-    if coding == "plain":
+    if (coding := min(sizes, key=lambda name: sizes[name])) == "plain":
         return coding, index
     if coding == "bitmap":
         bits = np.zeros(8 * sizes["bitmap"], bool)
         bits[index] = True
         return coding, np.packbits(bits, bitorder="little")
-    if coding == "gap8" and tried is not None:
-        return coding, np.concatenate(tried)
-    return coding, np.concatenate([_escaped(gaps, GAPS[coding]) for gaps in _gaps(index)])
+    if coding != "gap8" or tried is None:
+        tried = [varint.encode(gaps) if coding == "gap7" else _escaped(gaps, GAPS[coding]) for gaps in _gaps(index)]
+    return coding, np.concatenate(tried)
 
 
 def decode_index(coding: str, stream: Ints, count: int, units: int) -> Ints:
@@ -66,7 +65,7 @@ def decode_index(coding: str, stream: Ints, count: int, units: int) -> Ints:
     if coding == "plain":
         return stream
     out = np.empty(count, np.int32 if units <= 2**31 else np.int64)
-    (_from_bits if coding == "bitmap" else _from_gaps)(stream, out)
+    {"bitmap": _from_bits, "gap7": varint.into}.get(coding, _from_gaps)(stream, out)
     return out
 
 
@@ -99,7 +98,7 @@ def _gaps(index: Ints) -> Iterator[Ints]:
 
 def _tried(index: Ints, units: int) -> tuple[dict[str, int], list[Ints] | None]:
     """The sizes, and the stream of gap8 in pieces; None if another coding was smaller on the way."""
-    sizes = {"gap8": index.size, "gap16": 2 * index.size, "bitmap": -(-units // 8), "plain": index.nbytes}
+    sizes = {"gap8": index.size, "gap16": 2 * index.size, "bitmap": -(-units // 8), "plain": index.nbytes, "gap7": 0}
     stream: list[Ints] | None = []
     for gaps in _gaps(index):
         longest = gaps.max()
@@ -107,7 +106,8 @@ def _tried(index: Ints, units: int) -> tuple[dict[str, int], list[Ints] | None]:
             top = np.iinfo(dtype).max
             if longest >= top:
                 sizes[name] += int((gaps // top).sum(dtype=gaps.dtype)) * top.bit_length() // 8
-        if sizes["gap8"] > min(sizes.values()):
+        sizes["gap7"] += varint.size(gaps)
+        if sizes["gap8"] > min(sizes["gap16"], sizes["bitmap"], sizes["plain"]):
             stream = None
         if stream is not None:
             stream.append(_escaped(gaps, np.uint8))
@@ -160,7 +160,7 @@ def _bitmap_extent(stream: Ints) -> tuple[int, int, int]:
     return n, int(low[0]), int(high[-1])
 
 
-_EXTENTS = {"plain": _plain_extent, "gap8": _gap_extent, "gap16": _gap_extent, "bitmap": _bitmap_extent}
+_EXTENTS = {"plain": _plain_extent, **dict.fromkeys(GAPS, _gap_extent), "gap7": varint.extent, "bitmap": _bitmap_extent}
 
 # From streams that were checked: `out` has room for all ids, and they fit into its type.
 

@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 WHOLE_NUMBERS = [0, 1, -1, 2, 7, 8, 127, 128, 255, 256, 2**15, 2**16 - 1, 2**16, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**31), -(2**63), 10**30]  # fmt: skip
-TEXTS = ["", "x", "../x", "/x", "\0", "\ud800", "é", "a" * 300, "null", "plain", "gap8", "gap16", "bitmap", "base", "element", "row", "column", "block", "matrix", "layer", "F32", "BF16", "BOOL", "F8_E4M3", "I64", "sha256:" + "0" * 64, "1", "2", "99"]  # fmt: skip
+TEXTS = ["", "x", "../x", "/x", "\0", "\ud800", "é", "a" * 300, "null", "plain", "gap7", "gap8", "gap16", "bitmap", "base", "element", "row", "column", "block", "matrix", "layer", "F32", "BF16", "BOOL", "F8_E4M3", "I64", "sha256:" + "0" * 64, "1", "2", "99"]  # fmt: skip
 RAW = ["1e999", "-1e999", "NaN", "Infinity", "[" * 200, "[" * 100_000, '{"a":' * 500, "1" * 5000, '"\\ud800"', '"\\u0000"', "{}", "[]", "[[]]", "-0", "1E400", '{"a":1,"a":2}', "\ufeff{}", "tru", '"']  # fmt: skip
 HEADER_LENGTHS = [0, 1, 2, 7, 8, 2**16, 100_000_000, 100_000_001, 2**31, 2**32, 2**63 - 1, 2**63, 2**64 - 1]
 PATTERNS = [b"\xff" * 8, b"\0" * 8, struct.pack("<d", float("nan")), struct.pack("<ff", float("inf"), float("nan")), b"\x80\x7f" * 4, b"\x00\x7c" * 4, b"\xff\x7f" * 4, struct.pack("<q", 2**63 - 1), struct.pack("<q", -1), b"\x7f" * 8]  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetooth import coding
+from finetooth import coding, varint
 from finetooth.base import DTYPES, bits
 from finetooth.codec import patterns
 
@@ -25,6 +25,7 @@ def every_coding(index: Ids, units: int) -> dict[str, Ids]:
     out: dict[str, Ids] = {"plain": index}
     for name, dtype in coding.GAPS.items():
         out[name] = np.concatenate([coding._escaped(gaps, dtype) for gaps in coding._gaps(index)])
+    out["gap7"] = np.concatenate([varint.encode(gaps) for gaps in coding._gaps(index)])
     marks = np.zeros(units, bool)
     marks[index] = True
     return {**out, "bitmap": np.packbits(marks, bitorder="little")}
@@ -51,8 +52,10 @@ def test_pieces_meet(dtype: Any) -> None:
     units = int(index[-1]) + 1
     if dtype is np.int32:
         index, units = index[index < 2**31].astype(np.int32), 2**31 - 1
-    for name in coding.GAPS:
-        stream = np.concatenate([coding._escaped(g, coding.GAPS[name]) for g in coding._gaps(index)])
+    streams = {n: [coding._escaped(g, size) for g in coding._gaps(index)] for n, size in coding.GAPS.items()}
+    streams["gap7"] = [varint.encode(gaps) for gaps in coding._gaps(index)]
+    for name, pieces in streams.items():
+        stream = np.concatenate(pieces)
         found = coding.decode_index(name, stream, index.size, units)
         assert np.array_equal(found, index) and found.dtype == (np.int32 if units <= 2**31 else np.int64)
     dense = np.flatnonzero(np.arange(40 * coding._PIECE) % 3 == 0).astype(np.int32)
@@ -74,6 +77,11 @@ BROKEN: dict[str, tuple[str, list[int], int, str]] = {
     "too few gaps": ("gap16", [1, 65535, 65535, 0], 3, "out of range|expected 3"),
     "too few ids": ("gap8", [1, 255, 1], 3, "holds 2 ids"),
     "no gaps": ("gap8", [], 1, "holds 0 ids"),
+    "a number without an end": ("gap7", [3, 128], 1, "in the middle"),
+    "a number of seven bytes": ("gap7", [129, 128, 128, 128, 128, 128, 1], 1, "more than 6 bytes"),
+    "a number that goes on for nothing": ("gap7", [129, 0], 1, "longer than it needs"),
+    "a number beyond the tensor": ("gap7", [5, 232, 7], 2, "out of range"),
+    "too many numbers": ("gap7", [1, 1, 1], 2, "more than its 2"),
     "bits beyond the tensor": ("bitmap", [0] * 125 + [1], 1, "out of range"),
     "too many bits": ("bitmap", [3], 1, "more than its 1"),
     "a negative id": ("plain", [-1, 5], 2, "out of range"),
@@ -160,12 +168,19 @@ def test_checking_makes_nothing_of_the_stream_s_size() -> None:
 def ids_one_by_one(name: str, stream: list[int], count: int, units: int) -> list[int] | None:
     """None: refused."""
     ids: list[int] = []
-    gap, open_ended = 0, False
+    gap, place, open_ended = 0, 0, False
     for at, x in enumerate(stream):
         if name == "plain":
             ids.append(x)
         elif name == "bitmap":
             ids += [8 * at + bit for bit in range(8) if x >> bit & 1]
+        elif name == "gap7":
+            gap, place, open_ended = gap + ((x & 127) << 7 * place), place + 1, x > 127
+            if place > 6 or (place > 1 and not x):
+                return None
+            if not open_ended:
+                ids.append((ids[-1] if ids else -1) + gap + 1)
+                gap = place = 0
         else:
             gap, open_ended = gap + x, x == np.iinfo(coding.GAPS[name]).max
             if not open_ended:
@@ -173,6 +188,17 @@ def ids_one_by_one(name: str, stream: list[int], count: int, units: int) -> list
                 gap = 0
     rising = all(a < b for a, b in pairwise([-1, *ids, units]))
     return ids if rising and len(ids) == count and not open_ended else None
+
+
+def seven(stream: list[int]) -> list[int]:
+    """The ids of gap7, whether they are well written or not."""
+    ids, gap, place = [-1], 0, 0
+    for x in stream:
+        gap, place = gap + ((x & 127) << 7 * place), place + 1
+        if x < 128:
+            ids.append(ids[-1] + gap + 1)
+            gap = place = 0
+    return ids[1:]
 
 
 def steps_one_by_one(name: str, stream: bytes, n: int, itemsize: int) -> list[int] | None:
@@ -198,6 +224,7 @@ STREAMS = {
     "wide": (np.int64, st.integers(-1, 40) | st.integers(2**31 - 2, 2**31 + 2)),
     "gap8": (np.uint8, st.sampled_from([0, 1, 2, 254, 255])),
     "gap16": (np.uint16, st.sampled_from([0, 1, 255, 65534, 65535])),
+    "gap7": (np.uint8, st.sampled_from([0, 1, 127, 128, 129, 255])),
     "bitmap": (np.uint8, st.sampled_from([0, 0, 1, 6, 128, 255])),
 }
 PIECES = st.sampled_from([2, 4, 16, 1 << 16])  # escapes and ends fall on every side of a seam
@@ -212,9 +239,11 @@ def test_ids_are_those_read_one_by_one(data: Any, kind: str, piece: int, off: in
     dtype, numbers = STREAMS[kind]
     stream, name = data.draw(st.lists(numbers, max_size=40)), "plain" if kind == "wide" else kind
     stream = sorted(set(stream)) if name == "plain" and data.draw(st.booleans()) else stream
-    close = [*stream[:-1], *[x - (x == np.iinfo(dtype).max) for x in stream[-1:]]]  # as an encoder would end it
+    top = 127 if name == "gap7" else np.iinfo(dtype).max - 1
+    close = [*stream[:-1], *[min(x, top) for x in stream[-1:]]]  # as an encoder would end it
     stream = close if data.draw(st.booleans()) else stream
-    found = {"plain": stream, "bitmap": [8 * i + b for i, x in enumerate(stream) for b in range(8) if x >> b & 1]}.get(
+    bits = [8 * i + b for i, x in enumerate(stream) for b in range(8) if x >> b & 1]
+    found = {"plain": stream, "bitmap": bits, "gap7": seven(stream)}.get(
         name, np.cumsum([x + (x != np.iinfo(dtype).max) for x in stream]) - 1
     )
     ends = name == "plain" or name == "bitmap" or np.array(stream) != np.iinfo(dtype).max
@@ -224,9 +253,10 @@ def test_ids_are_those_read_one_by_one(data: Any, kind: str, piece: int, off: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coding, "_PIECE", piece)
         patch.setattr(coding, "_BYTES", piece)
+        patch.setattr(varint, "PIECE", piece)
         if expected is None:
             for look in (coding.check_index, coding.decode_index):
-                with pytest.raises(ValueError, match=r"increasing|range|holds|middle"):
+                with pytest.raises(ValueError, match=r"increasing|range|holds|middle|gap of more|longer than"):
                     look(name, array, count, units)
         else:
             coding.check_index(name, array, count, units)
@@ -236,7 +266,9 @@ def test_ids_are_those_read_one_by_one(data: Any, kind: str, piece: int, off: in
 @settings(max_examples=200, deadline=None)
 @given(
     gaps=st.lists(
-        st.sampled_from([0, 1, 253, 254, 255, 256, 509, 510, 511, 65534, 65535, 65536]), min_size=1, max_size=30
+        st.sampled_from([0, 1, 127, 128, 253, 254, 255, 256, 509, 510, 511, 16383, 16384, 65534, 65535, 65536]),
+        min_size=1,
+        max_size=30,
     ),
     dtype=st.sampled_from([np.int32, np.int64]),
     first=st.sampled_from([0, 254, 255, 2**31 - 1 - 3_000_000]),
@@ -248,6 +280,7 @@ def test_what_is_coded_is_read_one_by_one(gaps: list[int], dtype: Any, first: in
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coding, "_PIECE", piece)
         patch.setattr(coding, "_BYTES", piece)
+        patch.setattr(varint, "PIECE", piece)
         name, stream = coding.encode_index(index, units)
         sizes = coding.index_sizes(index, units)
         assert sizes[name] == stream.nbytes == min(sizes.values())
@@ -276,6 +309,7 @@ def test_steps_are_those_read_one_by_one(data: Any, name: str, itemsize: int, pi
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(coding, "_PIECE", piece)
         patch.setattr(coding, "_BYTES", piece)
+        patch.setattr(varint, "PIECE", piece)
         stream = coding._packed(z, coding.STEPS[name]) if coding.STEPS[name] <= 8 * itemsize else z.view(np.uint8)
         raw = bytearray(stream.tobytes())
         for _ in range(data.draw(st.integers(0, 2))):

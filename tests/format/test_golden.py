@@ -26,8 +26,8 @@ FOLDER = Path(__file__).parent / "golden"
 GOLDEN = FOLDER / "golden.safetensors"  # version 1
 SHA256 = {
     "golden": "aff42d841239e016d8e02c102637141c98cba5220fcffae172a3610562d3601e",
-    "portable-2": "9be71b6cbda54984aa11a7bba4d75b7c6fb2568668ec14e3f4d4ad592f92355a",
-    "against-2": "08389166e2b837507ceb5c7e298211f44f3bf28c8984e00bf21e192a5690b8b9",
+    "portable-2": "6abf8fc10587a71f69b408c81e812bca1960f0fa89bfddfdd6c5018ee309f75f",
+    "against-2": "8ab9222f2c5865fd359216856016201dfc5547b4bb02f1c4a63e872e1d3b64a5",
 }
 
 

@@ -40,6 +40,7 @@ LEVELS = (
     }
     | {
         "coding",
+        "varint",
         "codec",
         "made",
         "manifest",

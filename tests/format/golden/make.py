@@ -60,10 +60,15 @@ def delta() -> Delta:
 # -- version 2: every coding of ids and of values, in every dtype that it is meant for -------------------------
 
 SECOND = {
-    "gap8": ("F32", Unit(), [0, 1, 254, 255, 256, 511, 1022, 2000]),  # gaps of 0, 253, 254, 255, 510 and more
-    "gap16": ("I16", Unit(), [5, 70000, 70001, 140000]),
+    "gap8": (
+        "F32",
+        Unit(),
+        [0, 1, 255, 256, 511, 767, 1000, 1511, 1712, 1913],
+    ),  # gaps of 0, 253, 254, 255, 510 and more
+    "gap7": ("F64", Unit(), [3, 131, 260, 16644, 33029, 100_000]),  # of 127, 128, 16,383, 16,384 and more
+    "gap16": ("I16", Unit(), [20000, 90001, 120010, 149000]),
     "bitmap": ("F16", Unit("row"), [0, 2, 3, 5, 7, 8, 10, 13]),
-    "plain": ("F64", Unit(), [262143]),
+    "plain": ("I8", Unit(), [2_199_999]),
     "base4": ("F8_E4M3", Unit(), list(range(0, 400, 40))),
     "base8": ("BF16", Unit(), list(range(0, 4000, 200))),
     "base16": ("F32", Unit("column"), [1, 7]),
@@ -76,8 +81,9 @@ def second_base() -> dict[str, torch.Tensor]:
     """Whole numbers again; the large ones are there for the gaps."""
     shapes = {
         "gap16": (3, 50000),
+        "gap7": (3, 50000),
         "bitmap": (14, 3),
-        "plain": (512, 512),
+        "plain": (1100, 2000),
         "base4": (20, 20),
         "base16": (12, 8),
         "base24": (7, 4),
