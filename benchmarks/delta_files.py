@@ -5,7 +5,8 @@
 
 Three measures, one line each in benchmarks/results/delta_files.csv for every case and way:
 
-* `coding`: a matrix of which a share of entries, rows or columns moved as AdamW moves them (by up to a few parts in a
+* `coding`: a matrix of which a share of entries, rows or columns moved (entries also in clusters, with rows and columns of unequal
+  luck) as AdamW moves them (by up to a few parts in a
   hundred of the weights' spread). Bytes per changed weight; GB/s of encoding and decoding, of the plain stream (int32 ids, and
   values): copying it is the yardstick. The ways take turns.
 * `trained`: the embedded model, and a generated one, fine-tuned in bf16 with rows that train 1 %. `file_bytes` counts the
@@ -41,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "delta_files.csv"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RATES = {"stories260K": (2e-3, 2e-4), "generated": (2e-4, 2e-5)}  # smaller weights take larger steps
-SHARES, UNITS = (0.001, 0.01, 0.1), ("element", "row", "column")
+SHARES, UNITS = (0.001, 0.01, 0.1), ("element", "clustered element", "row", "column")
 Ways = dict[str, tuple[Callable[[], Any], Callable[[Any], Any], Callable[[Any], int]]]  # encode, decode, bytes
 
 
@@ -59,9 +60,14 @@ class Case:
 
         g = torch.Generator().manual_seed(0)
         old = (torch.randn(side, side, generator=g) * 0.02).to(DTYPES[dtype])
+        clustered, unit = unit.startswith("clustered"), unit.rpartition(" ")[2]
         self.units = Unit(unit).count(tuple(old.shape))
         k = max(1, round(share * self.units))
-        index = torch.randperm(self.units, generator=g)[:k].sort().values.int()
+        luck = torch.rand(self.units, generator=g)
+        if clustered:  # rows and columns differ, as in what a score of gradients chooses
+            size = torch.randn(2, side, generator=g).exp()
+            luck = (luck.view(side, side) / size[0] / size[1, :, None]).view(-1)
+        index = luck.topk(k, largest=False).indices.sort().values.int()
         self.where = Selection(index, Unit(unit), tuple(old.shape))
         before = gather(self.where, old)
         step = torch.randn(before.shape, generator=g).mul_(5e-4)
