@@ -1,7 +1,7 @@
 """The laws as a table: rows of METHODS against laws of the design, with the number of tests that passed.
 
 python benchmarks/law_matrix.py               # writes docs/laws.md; exit code 1 if any failed
-python benchmarks/law_matrix.py REPORT.xml    # the same of a run that has been made, with pytest's --junitxml
+python benchmarks/law_matrix.py REPORT.xml …  # the same of runs that have been made, with pytest's --junitxml
 """
 
 from __future__ import annotations
@@ -41,14 +41,12 @@ def run(report: Path) -> None:
 
 def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
-        report = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(folder) / "laws.xml"
-        if len(sys.argv) == 1:
-            run(report)
-        cases = [
-            c
-            for c in ElementTree.parse(report).iter("testcase")
-            if c.attrib["classname"].startswith(("tests.laws", "tests.dist"))
-        ]
+        reports = [Path(name) for name in sys.argv[1:]]
+        if not reports:
+            reports = [Path(folder) / "laws.xml"]
+            run(reports[0])
+        every = [case for report in reports for case in ElementTree.parse(report).iter("testcase")]
+    cases = [case for case in every if case.attrib["classname"].startswith(("tests.laws", "tests.dist"))]
     code = int(any(case.find(bad) is not None for case in cases for bad in ("failure", "error")))
     passed, other = Counter[tuple[str, int]](), Counter[tuple[str, int]]()
     for case in cases:
@@ -67,7 +65,7 @@ def main() -> int:
 
 How many tests of each law pass for each row, float32 and bfloat16 together; made by `python benchmarks/law_matrix.py`.
 `own` is a user's score function (`tests/laws/toy.py`). A dash: the law does not apply (`full` chooses nothing, so it
-has no budget; law 9 is about rows with compact state). `gift-sw` has fewer tests of law 3, because its score knows columns only.
+has no budget; law 9 is about rows with compact state). `gift-sw` and `spectrum` have fewer tests of law 3, because their scores are of columns, and of whole matrices.
 
 {chr(10).join(lines)}
 """
