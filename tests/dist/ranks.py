@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 800  # seconds for every row on two ranks: two minutes of two cores, more where these are shared
 
 
 def run(module: str, *arguments: str, ranks: int = 2) -> None:
@@ -17,14 +18,14 @@ def run(module: str, *arguments: str, ranks: int = 2) -> None:
         subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
-    assert [rank.wait(timeout=280) for rank in started] == [0] * ranks
+    assert [rank.wait(timeout=PATIENCE) for rank in started] == [0] * ranks
 
 
 def launch(*arguments: str, ranks: int = 2) -> None:
     """`accelerate launch` with arguments of a user's, on this machine's CPU."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(ranks)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", _port()]
-    subprocess.run([*command, *arguments], cwd=ROOT, env=_environment(), check=True, timeout=280)
+    subprocess.run([*command, *arguments], cwd=ROOT, env=_environment(), check=True, timeout=PATIENCE)
 
 
 def _environment() -> dict[str, str]:

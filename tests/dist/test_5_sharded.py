@@ -11,9 +11,11 @@ import pytest
 import torch
 
 from finetooth import Delta
-from tests.dist.ranks import run
+from tests.dist.ranks import PATIENCE, run
 from tests.dist.sharded_worker import EXACT
 from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
+
+pytestmark = pytest.mark.timeout(PATIENCE + 100)
 
 
 def plain(row: str, dtype: str) -> tuple[Toy, Any]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.ranks import run
+from tests.dist.ranks import PATIENCE, run
 from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
+
+pytestmark = pytest.mark.timeout(PATIENCE + 100)
 
 
 @pytest.fixture(scope="module")

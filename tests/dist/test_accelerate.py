@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from finetooth import Delta
-from tests.dist.ranks import launch
+from tests.dist.ranks import PATIENCE, launch
 from tests.dist.test_5_sharded import plain
 from tests.laws.toy import ROWS, batches, same, snapshot, train
+
+pytestmark = pytest.mark.timeout(PATIENCE + 100)
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from tests.dist.ranks import run
+from tests.dist.ranks import PATIENCE, run
 from tests.laws.toy import DTYPES, ROWS, same
+
+pytestmark = pytest.mark.timeout(PATIENCE + 100)
 
 
 @pytest.fixture(scope="module")
