@@ -17,7 +17,10 @@ from finetooth.methods import METHODS
 from finetooth.page import Figure, Page, Section, Table, Tile, clock, number, size
 from finetooth.record import Record, Tensors
 
-EARLIER = "not recorded: the run was made by an earlier Finetooth. Train it again to have it."
+EARLIER = (
+    "not recorded: the run was made by an earlier Finetooth, and has to be trained again to have it, "
+    "or its weights were sharded (FSDP2), where selections are not noted."
+)
 UNFINISHED = "not there yet: the run has not come to its end. Go on with `finetooth train RECIPE.yaml --resume`."
 
 
