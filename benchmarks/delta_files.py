@@ -113,19 +113,19 @@ class Case:
         return coding.decode_index(made[0], made[1], self.index.size, self.units), made[2].copy()
 
     def against(self) -> Any:
-        from finetooth import coding
+        from finetooth import coding, zigzag
 
-        z = coding.steps(self.old, self.new, self.floating)
-        return *coding.encode_index(self.index, self.units), coding.encode_steps(z) or ("plain", self.new)
+        z = zigzag.steps(self.old, self.new, self.floating)
+        return *coding.encode_index(self.index, self.units), zigzag.encode(z) or ("plain", self.new)
 
     def from_against(self, made: Any) -> Any:
-        from finetooth import coding
+        from finetooth import coding, zigzag
 
         ids = coding.decode_index(made[0], made[1], self.index.size, self.units)
         how, stream = made[2]
         if how == "plain":
             return ids, stream.copy()
-        return ids, coding.moved(self.old, coding.decode_steps(how, stream, self.new.size, self.new.dtype), True)
+        return ids, zigzag.moved(self.old, zigzag.decode(how, stream, self.new.size, self.new.dtype), True)
 
     def shira(self) -> tuple[Any, Any]:
         flat = self.index if self.flat is None else self.entries()

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetooth import coding
+from finetooth import coding, zigzag
 from finetooth.base import DTYPES
 from finetooth.checkpoint import fill, layout
 from finetooth.codec import Change, DeltaError, Origin, Parts, patterns, require_finite
@@ -67,8 +67,8 @@ class Stored(Lazy):
                 f"the new values of '{name}' are coded against {e.dtype} {[e.count, e.width]}: {old.dtype} "
                 f"{list(old.shape)} was given."
             )
-        z = coding.decode_steps(*coded, before.size, before.dtype)
-        after = coding.moved(before, z, e.dtype.is_floating_point)
+        z = zigzag.decode(*coded, before.size, before.dtype)
+        after = zigzag.moved(before, z, e.dtype.is_floating_point)
         values = torch.from_numpy(after.view(np.uint8)).view(e.dtype).reshape(old.shape)
         require_finite(name, values)
         return values
@@ -183,7 +183,7 @@ class Archive(Mapping[str, Change]):
             require_finite(name, torch.from_numpy(data).view(entry.dtype))
             return
         try:
-            coding.check_steps(entry.value_coding, data, n, f"u{entry.dtype.itemsize}")
+            zigzag.check(entry.value_coding, data, n, f"u{entry.dtype.itemsize}")
         except ValueError as e:
             raise DeltaError(f"the values of '{name}' {e}") from e
 

@@ -56,7 +56,7 @@ class ChoosingOptimizer(SavedOptimizer):
     _turns = 0  # selections made so far, and the step that the last one was made for
     _made_for = -1
     _ours: tuple[str, ...] = ()  # whose gradients are averaged over ranks here, because which need one changes
-    _for_ddp: str | None = None  # of these one that DDP is left with, as it refuses a model without any
+    _left: LeftByDDP | None = None  # these, of which one stays with DDP, as it refuses a model without any
     _noise: Noise | None = None
     _gradients: Gradients | None = None
 
@@ -73,8 +73,7 @@ class ChoosingOptimizer(SavedOptimizer):
         if self._model is not None:
             remove_noise(self._model)  # of an earlier optimizer
             remove_gradients(self._model)
-            if shards.world() > 1:
-                self._attached["follow"] = self._model.register_forward_pre_hook(Follow(self))
+            self._attached["follow"] = self._model.register_forward_pre_hook(Follow(self))
         for p in self._others.values():
             if p is not None:
                 p.requires_grad_(False)
@@ -92,8 +91,7 @@ class ChoosingOptimizer(SavedOptimizer):
             self._count_chosen()
         if self._model is not None and self._compact and self.when is not once:
             self._ours = tuple(self._slots)
-            self._attached["ddp"] = left = LeftByDDP(self._model, self._ours)
-            self._for_ddp = left.stays if shards.world() > 1 else None
+            self._attached["ddp"] = self._left = LeftByDDP(self._model, self._ours)
         self._rewrote_base = self.rest.kind == "quantized"
         self._take_origins()
         if self._rewrote_base:
@@ -196,9 +194,9 @@ class ChoosingOptimizer(SavedOptimizer):
 
     def _ask_for_gradients(self) -> None:
         """Tensors without a chosen unit compute no gradient, but for a step that looks at all of them."""
-        needed = self._needs_all()
+        needed, waited_for = self._needs_all(), self._left.stays if self._left and shards.world() > 1 else None
         for name, p in self._parameters().items():
-            if p.requires_grad != (wanted := needed or self._slots[name].chosen > 0 or name == self._for_ddp):
+            if p.requires_grad != (wanted := needed or self._slots[name].chosen > 0 or name == waited_for):
                 p.requires_grad_(wanted)
 
     def _settle(self) -> None:

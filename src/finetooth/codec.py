@@ -6,7 +6,7 @@ orders metadata by a hash that changes from call to call. Reading is in `archive
 
 The header says how long every stream is, and it comes first. So `Writer` takes one tensor after another, keeps their
 streams in an unnamed file beside the one to be written, and puts the header and the streams together at the end: a delta can be
-written that is nowhere in memory. Every tensor gets its smallest coding (`coding.py`); with `plain=True` all are plain,
+written that is nowhere in memory. Every tensor gets its smallest coding (`coding.py`, `zigzag.py`); with `plain=True` all are plain,
 and the file is one of version 1.
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetooth import coding
+from finetooth import coding, zigzag
 from finetooth.base import bits, dtype_name, fingerprint, raw
 from finetooth.files import room, whole
 from finetooth.selection import Selection
@@ -168,7 +168,7 @@ def _values(name: str, change: Change, old: Tensor | None, plain: bool) -> tuple
         return coded[0], Stream("U8", (coded[1].size,), coded[1].data, 1)
     values = change.values if old is None else change.new(old)
     require_finite(name, values)
-    found = None if old is None or plain else coding.encode_steps(_steps(old, values))
+    found = None if old is None or plain else zigzag.encode(_steps(old, values))
     if found is not None:
         return found[0], Stream("U8", (found[1].size,), found[1].data, 1)
     return "plain", Stream(dtype_name(values.dtype), tuple(values.shape), raw(values), values.element_size())
@@ -181,7 +181,7 @@ def patterns(values: Tensor) -> Any:
 
 
 def _steps(old: Tensor, new: Tensor) -> Any:
-    return coding.steps(patterns(old), patterns(new), new.dtype.is_floating_point)
+    return zigzag.steps(patterns(old), patterns(new), new.dtype.is_floating_point)
 
 
 def require_name(name: str) -> None:

@@ -83,8 +83,8 @@ class Gradients:
         left = [name for name in self.chosen if name not in known]
         if not any(p.requires_grad for name, p in sizes.items() if name not in self.chosen):
             left.remove(min(left, key=lambda name: sizes[name].numel()))
-        self._ignored = left
-        self._model.__dict__[_DDP_IGNORES] = _Ignored([*known, *left])
+        self._ignored = _everywhere(self._model, left)
+        self._model.__dict__[_DDP_IGNORES] = _Ignored([*known, *self._ignored])
 
     def names(self) -> list[str]:
         """The tensors whose gradients are gathered here."""
@@ -157,7 +157,8 @@ class LeftByDDP:
         known, parameters = list(getattr(model, _DDP_IGNORES, [])), dict(model.named_parameters())
         now = [name for name in names if parameters[name].requires_grad]
         self.stays = min(now, key=lambda name: parameters[name].numel(), default=None)
-        self._model, self._names = weakref.ref(model), {n for n in names if n != self.stays and n not in known}
+        left = [n for n in names if n != self.stays and n not in known]
+        self._model, self._names = weakref.ref(model), set(_everywhere(model, left))
         model.__dict__[_DDP_IGNORES], model.__dict__[_LEFT] = _Ignored([*known, *self._names]), self
 
     def remove(self) -> None:
@@ -169,6 +170,13 @@ class LeftByDDP:
 
     def __deepcopy__(self, memo: object) -> None:
         """A copy of the model has none."""
+
+
+def _everywhere(model: nn.Module, names: list[str]) -> list[str]:
+    """These parameters by all their names: DDP leaves a tied one only where it is told each of them."""
+    known = dict(model.named_parameters())
+    wanted = {id(known[name]) for name in names}
+    return [name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted]
 
 
 def averaged(dense: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -256,7 +264,7 @@ class Follow:
         self._opt = weakref.ref(opt)
 
     def __call__(self, module: nn.Module, args: object) -> None:
-        if (opt := self._opt()) is not None:
+        if shards.world() > 1 and (opt := self._opt()) is not None:
             opt._adopt()
 
 

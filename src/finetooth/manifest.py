@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from finetooth import coding
+from finetooth import coding, zigzag
 from finetooth.base import DTYPES
 from finetooth.checkpoint import no_doubles
 from finetooth.codec import FORMAT, VERSION, DeltaError, Origin, require_name
@@ -82,7 +82,7 @@ def entry(name: str, said: Any, version: int) -> Entry:
 
 
 def _coding(name: str, said: dict[str, Any], key: str, version: int) -> str:
-    found, known = said.get(key), coding.INDEX if key == "index_coding" else coding.VALUES
+    found, known = said.get(key), coding.INDEX if key == "index_coding" else zigzag.VALUES
     if found not in (known if version > 1 else known[:1]):
         raise DeltaError(f"'{name}' has {key} {found!r}: version {version} has {', '.join(known)}. Upgrade finetooth?")
     return str(found)

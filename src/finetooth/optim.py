@@ -110,7 +110,6 @@ class SelectiveAdamW(WatchingOptimizer):
         check_together(rule, when, rest or frozen(), state, mask)
         check_excluded(rule, given)
         check_backend(kernels)
-        check_moments(moments)
         self.rule, self.when, self.rest = rule, when, rest or frozen()
         self._guard = Guard(max_grad_norm or 0.0, stop_after)
         self._compact, self._mask, self._rounding = state == "compact" and rule is not None, mask, rounding
@@ -123,6 +122,7 @@ class SelectiveAdamW(WatchingOptimizer):
         for name in names:
             check_parameter(name, given[name])
         check_shards({name: given[name] for name in names}, moments)
+        check_moments(moments)  # last: nobody should install what then cannot be used
         others: dict[str, Tensor | None] = {name: p for name, p in given.items() if name not in set(names)}
         rates = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__([(n, given[n]) for n in names], others, base, rates)

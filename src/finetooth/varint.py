@@ -4,13 +4,13 @@ Where chosen ids come in clusters most gaps are short and a few are long, and by
 are what those few cost most. Here a gap below 128 takes a byte and one below 16,384 two: 1.08 to 1.17 bytes an id of trained
 deltas where `gap8` takes 1.2 to 1.3, but 1.27 instead of 1.08 where 1 % is spread evenly. `coding.py` takes the smaller.
 
-Every byte adds its seven bits, shifted by its place in its number, to a sum that is read where numbers end, so no loop looks at
-entries. Nothing is believed: numbers without an end, with a last byte of zero (an encoder leaves it out) or of more than six bytes raise ValueError.
+The bytes where numbers end are as many as there are numbers. The few that have more are put together for themselves, byte by
+byte and all at once, so no loop looks at entries. Nothing is believed: numbers without an end, with a last byte of zero (an
+encoder leaves it out) or of more than six bytes raise ValueError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -40,23 +40,28 @@ def encode(gaps: Ints) -> Ints:
     >>> encode(np.array([1, 200, 0]))
     array([  1, 200,   1,   0], dtype=uint8)
     """
-    lengths = np.ones(gaps.size, np.intp)
-    for more in range(1, LONGEST):
-        if int(gaps.max(initial=0)) >> 7 * more:
-            lengths += gaps >= 1 << 7 * more
-    at = np.add.accumulate(lengths)
-    stream = np.empty(int(at[-1]) if at.size else 0, np.uint8)
-    at -= lengths
-    while gaps.size:
-        stream[at] = (gaps & 127).astype(np.uint8) | (gaps > 127).astype(np.uint8) << 7
-        left = np.flatnonzero(gaps > 127)
-        gaps, at = gaps[left] >> 7, at[left] + 1
+    first = (gaps & 127).astype(np.uint8)
+    long = np.flatnonzero(gaps > 127)
+    first[long] |= 128
+    left = gaps[long]
+    more = sum(left >= 1 << 7 * place for place in range(1, LONGEST)) + np.zeros(long.size, np.intp)
+    ends = np.add.accumulate(more)
+    starts = np.ones(gaps.size + int(more.sum()), bool)
+    stream = np.empty(starts.size, np.uint8)
+    at = long + ends - more
+    while at.size:
+        at += 1
+        left >>= 7
+        stream[at] = (left & 127).astype(np.uint8) | (left > 127).astype(np.uint8) << 7
+        starts[at] = False
+        at, left = at[left > 127], left[left > 127]
+    stream[starts] = first
     return stream
 
 
-def pieces(stream: Ints) -> Iterator[tuple[Ints, Ints]]:
-    """What each byte adds, int64, and the places where numbers end, a piece at a time. ValueError where the stream is none."""
-    at = 0
+def cuts(stream: Ints) -> list[slice]:
+    """Pieces of the stream that end where a number does. ValueError where the last has no end, or one is too long."""
+    found, at = list[slice](), 0
     while at < stream.size:
         end = min(at + PIECE, stream.size)
         while stream[end - 1] > 127:
@@ -65,42 +70,49 @@ def pieces(stream: Ints) -> Iterator[tuple[Ints, Ints]]:
                 raise ValueError("ends in the middle of a gap.")
             if end > at + PIECE + LONGEST:
                 raise ValueError(f"has a gap of more than {LONGEST} bytes.")
-        yield _adds(stream[at:end]), np.flatnonzero(stream[at:end] < 128)
+        found.append(slice(at, end))
         at = end
+    return found
 
 
-def _adds(piece: Ints) -> Ints:
-    adds, inside = (piece & 127).astype(np.int64), np.zeros(piece.size, bool)
-    np.greater(piece[:-1], 127, out=inside[1:])  # the byte before goes on
-    if bool((inside & (piece == 0)).any()):
-        raise ValueError("has a gap that is longer than it needs to be.")
-    deep = inside
-    for _ in range(1, LONGEST):
-        if not deep.any():
-            return adds
-        adds <<= deep.astype(np.int64) * 7
-        deeper = np.zeros_like(deep)
-        np.logical_and(deep[:-1], inside[1:], out=deeper[1:])
-        deep = deeper
-    if deep.any():
+def measure(piece: Ints) -> tuple[int, int]:
+    """How many ids a piece has, and over how many units. ValueError where it is none."""
+    ends = piece < 128
+    n = int(np.count_nonzero(ends))
+    return n, n + int((piece * ends).sum(dtype=np.uint32)) + int(_long(piece, ends)[1].sum())
+
+
+def into(piece: Ints, out: Ints, start: int) -> None:
+    """The ids of a piece that was measured, counted from unit `start`, into `out`, which has their number and a type they fit into."""
+    ends = piece < 128
+    gaps = piece[ends].astype(out.dtype)
+    which, more = _long(piece, ends)
+    gaps[which] += more.astype(out.dtype)
+    gaps += 1
+    gaps[0] += start - 1
+    np.add.accumulate(gaps, out=out)
+
+
+def _long(piece: Ints, ends: Ints) -> tuple[Ints, Ints]:
+    """Which of a piece's numbers have several bytes, and by how much these numbers are more than their last bytes."""
+    on = np.flatnonzero(~ends)  # bytes after which a number goes on
+    first = np.empty(on.size, bool)
+    first[:1], first[1:] = True, on[1:] != on[:-1] + 1
+    at = on[first]
+    which = at - np.flatnonzero(first)
+    more, still = (piece[at] & 127).astype(np.int64), np.arange(at.size)
+    for place in range(1, LONGEST):
+        if not still.size:
+            break
+        at += 1
+        byte = piece[at]
+        if not byte.all():  # a last byte of zero; 128 goes on
+            raise ValueError("has a gap that is longer than it needs to be.")
+        goes_on = byte > 127
+        more[still] += (byte & 127).astype(np.int64) << 7 * place
+        last = ~goes_on
+        more[still[last]] -= byte[last]
+        at, still = at[goes_on], still[goes_on]
+    if still.size:
         raise ValueError(f"has a gap of more than {LONGEST} bytes.")
-    return adds
-
-
-def extent(stream: Ints) -> tuple[int, int, int]:
-    """How many ids the gaps are of, the first and the last."""
-    n, total, low = 0, 0, -1
-    for adds, ends in pieces(stream):
-        low = int(adds[: ends[0] + 1].sum()) if low < 0 else low
-        n, total = n + ends.size, total + int(adds.sum())
-    return n, low, total + n - 1
-
-
-def into(stream: Ints, out: Ints) -> None:
-    """The ids of a stream that was looked through: `out` [n] has room for all, and they fit into its type."""
-    n, last = 0, -1
-    for adds, ends in pieces(stream):
-        adds[ends] += 1
-        adds[0] += last
-        out[n : n + ends.size] = np.add.accumulate(adds, out=adds)[ends]
-        n, last = n + ends.size, int(adds[-1])
+    return which, more

@@ -85,7 +85,7 @@ def nats(model: Any, rows: Dataset, limit: int = 400) -> tuple[float, int]:
 def main(
     data: Annotated[Path, typer.Option(help="The folder with lm/ and tokenizers/.")],
     out: Path = Path("runs/base"),
-    steps: Annotated[int, typer.Option(help="Of 16 windows; one pass over the text is about 4,000.")] = 4000,
+    steps: Annotated[int, typer.Option(help="Of 16 windows; one pass over the text is about 4,000.")] = 3000,
     seed: int = 0,
     finish: Annotated[bool, typer.Option("--finish", help="Measure the last checkpoint and write the model.")] = False,
 ) -> None:
@@ -113,6 +113,7 @@ def main(
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=100,
         bf16=True,
+        torch_compile=True,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=20,
         save_steps=100,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.dist.ranks import PATIENCE, run
+from tests.dist.worker import TIED, tied_toy
 from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
 
 pytestmark = pytest.mark.timeout(PATIENCE + 100)
@@ -31,6 +32,16 @@ def test_two_ranks(row: str, dtype: str, folder: Path) -> None:
         other = torch.load(folder / f"{row}.{dtype}.{rank}.pt", weights_only=True)  # noqa: TID251 - tensors only
         assert {n: s.index.tolist() for n, s in opt.selections().items()} == {n: i.tolist() for n, i in other["chosen"].items()}
         assert all(same(p, other["model"][n]) for n, p in snapshot(model).items())
+
+
+@pytest.mark.parametrize("row", TIED)
+def test_tied_weights_of_an_optimizer_that_was_there_first(row: str, folder: Path) -> None:
+    """As accelerate's users have it: the process group comes after the optimizer."""
+    model = tied_toy()
+    list(train(model, build(row, model, seed=1), batches(6)))
+    for rank in range(2):
+        other = torch.load(folder / f"{row}.tied.{rank}.pt", weights_only=True)  # noqa: TID251 - tensors only
+        assert all(same(p, other[n]) for n, p in snapshot(model).items())
 
 
 def test_fsdp1_is_refused() -> None:

@@ -7,23 +7,43 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+import finetooth
 from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, snapshot, train
+
+TIED = ("lisa", "badam", "random", "rows")
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    early = {row: built(row, "fp32", torch.arange(2)) for row in ("lisa", "badam")}  # before there are ranks
+    tied = {row: (model := tied_toy(), build(row, model, seed=1)) for row in TIED}
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     for row in ROWS:
         for dtype in DTYPES:
-            model = Toy(DTYPES[dtype])
-            calibration = [{"input_ids": b.chunk(2)[rank]} for b in batches(2, seed=9)]
-            opt = build(row, model, weight_decay=0.1, calibration=calibration)
+            model, opt = early.pop(row, None) or built(row, dtype, torch.tensor([rank]))
             ddp = DistributedDataParallel(model)
             list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(4)]))
             chosen = {n: s.index for n, s in opt.selections().items()}
             torch.save({"model": snapshot(model), "chosen": chosen}, folder / f"{row}.{dtype}.{rank}.pt")
+    for row, (model, opt) in tied.items():
+        ddp = DistributedDataParallel(model)
+        list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(6)]))
+        torch.save(snapshot(model), folder / f"{row}.tied.{rank}.pt")
     dist.destroy_process_group()
+
+
+def tied_toy() -> Toy:
+    model = Toy()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    return model
+
+
+def built(row: str, dtype: str, parts: torch.Tensor) -> tuple[Toy, finetooth.SelectiveAdamW]:
+    """A model, and an optimizer with those halves of the calibration batches."""
+    model = Toy(DTYPES[dtype])
+    calibration = [{"input_ids": torch.cat([b.chunk(2)[i] for i in parts])} for b in batches(2, seed=9)]
+    return model, build(row, model, weight_decay=0.1, calibration=calibration)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ LEVELS = (
     | {
         "coding",
         "varint",
+        "zigzag",
+        "threads",
         "codec",
         "made",
         "manifest",
