@@ -6,7 +6,7 @@ so no loop looks at entries. At 1 % random entries a gap takes 1.083 bytes; the 
 in clusters. `bitmap` is a bit for every unit, `plain` the ids themselves. `index_sizes` counts what each would take.
 
 Every coding is worked on in pieces that stay in the cache, and a piece needs to know of those before it only how many ids
-they have and how far they reach. That is counted first, which checks the stream too; then threads share the pieces.
+they have and how far they reach. That is counted first, which checks the stream too.
 
 Nothing is believed: a stream that is not what an encoder would write raises ValueError, a DeltaError to the reader of a
 file. `check_index` looks at it without making anything of its size. Compiled twins of these loops would take longer to
@@ -17,14 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetooth import varint
-from finetooth.threads import spread
 
 Ints = NDArray[Any]
 GAPS: dict[str, type[np.unsignedinteger[Any]]] = {"gap8": np.uint8, "gap16": np.uint16}
@@ -38,13 +37,7 @@ _SHORT = (
 
 def index_sizes(index: Ints, units: int) -> dict[str, int]:
     """Bytes of the sorted ids `index` [k] in every coding that `encode_index` would take. The ids are in [0, units)."""
-    sizes = {"gap8": 0, "gap16": 0, "gap7": 0, "bitmap": -(-units // 8), "plain": index.nbytes}
-    for found in spread(lambda at: _gap_sizes(_gaps(index, at)), range(0, index.size, _PIECE)):
-        for name, size in found.items():
-            sizes[name] += size
-    if sizes["gap7"] > _SHORT * index.size:
-        del sizes["gap7"]
-    return sizes
+    return _tried(index, units)[0]
 
 
 def encode_index(index: Ints, units: int) -> tuple[str, Ints]:
@@ -53,25 +46,41 @@ def encode_index(index: Ints, units: int) -> tuple[str, Ints]:
     >>> encode_index(np.array([1, 2, 203], np.int32), 1000)
     ('gap8', array([  1,   0, 200], dtype=uint8))
     """
-    sizes = index_sizes(index, units)
+    sizes, found = _tried(index, units)
     if (coding := min(sizes, key=lambda name: sizes[name])) == "plain":
         return coding, index
     if coding == "bitmap":
         bits = np.zeros(8 * sizes["bitmap"], bool)
         bits[index] = True
         return coding, np.packbits(bits, bitorder="little")
-    return coding, encoded(index, coding)
+    return coding, _encoded(index, coding, found)
 
 
 def encoded(index: Ints, coding: str) -> Ints:
     """The stream of sorted ids [k] as gaps of that coding."""
+    return _encoded(index, coding, _tried(index, 0)[1])
 
-    def encode(at: int) -> Ints:
-        gaps = _gaps(index, at)
-        return varint.encode(gaps) if coding == "gap7" else _escaped(gaps, GAPS[coding])
 
-    dtype = GAPS.get(coding, np.uint8)
-    return np.concatenate([np.empty(0, dtype), *spread(encode, range(0, index.size, _PIECE))])
+def _tried(index: Ints, units: int) -> tuple[dict[str, int], list[dict[str, int]]]:
+    """The sizes, and those of each piece as gaps."""
+    found = [_gap_sizes(_gaps(index, at)) for at in range(0, index.size, _PIECE)]
+    sizes = {name: sum(sizes[name] for sizes in found) for name in (*GAPS, "gap7")}
+    if sizes["gap7"] > _SHORT * index.size:
+        del sizes["gap7"]
+    return {**sizes, "bitmap": -(-units // 8), "plain": index.nbytes}, found
+
+
+def _encoded(index: Ints, coding: str, sizes: list[dict[str, int]]) -> Ints:
+    ends = list(accumulate((found[coding] for found in sizes), initial=0))
+    stream = np.empty(ends[-1], np.uint8)
+    scratch = np.arange(min(index.size, _PIECE)), np.empty(min(index.size, _PIECE), np.intp)
+    for i, (start, end) in enumerate(pairwise(ends)):
+        gaps, out = _gaps(index, i * _PIECE), stream[start:end]
+        if coding == "gap7":
+            out[:] = varint.encode(gaps)
+        else:
+            _escaped(gaps, out.view(GAPS[coding]), *(part[: gaps.size] for part in scratch))
+    return stream.view(GAPS.get(coding, np.uint8))
 
 
 def decode_index(coding: str, stream: Ints, count: int, units: int) -> Ints:
@@ -80,7 +89,8 @@ def decode_index(coding: str, stream: Ints, count: int, units: int) -> Ints:
     if coding == "plain":
         return stream
     out = np.empty(count, np.int32 if units <= 2**31 else np.int64)
-    spread(lambda part: _CODINGS[coding].into(stream[part.at], out[part.ids], part.start), parts)
+    for part in parts:
+        _CODINGS[coding].into(stream[part.at], out[part.ids], part.start)
     return out
 
 
@@ -113,7 +123,7 @@ def _checked(coding: str, stream: Ints, count: int, units: int) -> list[_Part]:
     else:
         way = _CODINGS[coding]
         cuts = way.cuts(stream)
-        found = spread(lambda at: way.measure(stream[at]), cuts)
+        found = [way.measure(stream[at]) for at in cuts]
         ids = [0, *accumulate(n for n, _ in found)]
         units_before = [0, *accumulate(far for _, far in found)]
         parts = [_Part(at, slice(*ids[i : i + 2]), units_before[i]) for i, at in enumerate(cuts)]
@@ -132,13 +142,10 @@ def _checked(coding: str, stream: Ints, count: int, units: int) -> list[_Part]:
 
 def _plain_extent(stream: Ints) -> tuple[int, int, int]:
     """How many ids, the first and the last."""
-
-    def rises(at: int) -> bool:
+    for at in range(0, stream.size, _PIECE):
         ids = stream[at : at + _PIECE + 1]  # the next piece's first as well
-        return bool((ids[1:] > ids[:-1]).all())
-
-    if not all(spread(rises, range(0, stream.size, _PIECE))):
-        raise ValueError("is not strictly increasing (unsorted, or a unit twice).")
+        if not bool((ids[1:] > ids[:-1]).all()):
+            raise ValueError("is not strictly increasing (unsorted, or a unit twice).")
     return (stream.size, int(stream[0]), int(stream[-1])) if stream.size else (0, 0, 0)
 
 
@@ -164,22 +171,18 @@ def _gap_sizes(gaps: Ints) -> dict[str, int]:
     return sizes
 
 
-def _escaped(gaps: Ints, dtype: type[np.unsignedinteger[Any]]) -> Ints:
-    top = int(np.iinfo(dtype).max)
-    if gaps.max() < top:
-        return gaps.astype(dtype)
-    where = np.flatnonzero(gaps >= top)
-    long = gaps[where]
-    escapes = (long // top).astype(np.intp)
-    short = gaps.astype(dtype)
-    short[where] = long % top
-    before = np.add.accumulate(escapes)
-    ends = np.ones(gaps.size + int(before[-1]), bool)
-    before -= escapes
-    ends[np.arange(int(before[-1] + escapes[-1])) + np.repeat(where, escapes)] = False
-    stream = np.full(ends.size, top, dtype)
-    stream[ends] = short
-    return stream
+def _escaped(gaps: Ints, out: Ints, order: Ints, at: Ints) -> None:
+    """`order` is 0, 1, ... [k], `at` [k] memory to work in: to be given some for every piece takes longer than the work."""
+    top = int(np.iinfo(out.dtype).max)
+    if out.size == gaps.size:
+        out[:] = gaps
+        return
+    escapes = gaps // top
+    np.add.accumulate(escapes, dtype=np.intp, out=at)
+    at += order  # where gaps end: no branch on which are long
+    escapes += gaps  # less what is escaped, as the short numbers wrap around
+    out.fill(top)
+    out[at] = escapes.astype(out.dtype)
 
 
 def _gap_cuts(stream: Ints) -> list[slice]:

@@ -12,13 +12,10 @@ file. `check` looks at it piece by piece without making anything of its size.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from finetooth.threads import spread
 
 Ints = NDArray[Any]
 STEPS = {"base4": 4, "base8": 8, "base16": 16, "base24": 24}  # bits of a short step
@@ -34,24 +31,20 @@ def steps(old: Ints, new: Ints, floating: bool) -> Ints:
     (array([2], dtype=uint32), array([1], dtype=uint32))
     """
     out = np.empty_like(new)
-
-    def piece(at: slice) -> None:
+    for at in _pieces(new.size):
         z, d = out[at], np.empty_like(out[at])
         _ordered(new[at], floating, z)
         z -= _ordered(old[at], floating, d)
         _signs(z, d)
         z <<= 1
         z ^= d
-
-    spread(piece, _pieces(new.size))
     return out
 
 
 def moved(old: Ints, z: Ints, floating: bool) -> Ints:
     """The new bit patterns that `steps(old, new, floating)` were taken of."""
     out = np.empty_like(old)
-
-    def piece(at: slice) -> None:
+    for at in _pieces(old.size):
         new, d = out[at], np.empty_like(out[at])
         np.bitwise_and(z[at], 1, out=new)
         np.negative(new, out=new)
@@ -59,8 +52,6 @@ def moved(old: Ints, z: Ints, floating: bool) -> Ints:
         new += _ordered(old[at], floating, d)
         if floating:
             new ^= _flips(new, d)
-
-    spread(piece, _pieces(old.size))
     return out
 
 
@@ -94,54 +85,26 @@ def encode(z: Ints) -> tuple[str, Ints] | None:
     """The smallest coding of zigzagged steps [n] and its stream of bytes; None where the plain values are no larger."""
     sizes = {"plain": z.nbytes}
     sizes |= {name: _short_bytes(bits, z.size) for name, bits in STEPS.items() if bits <= 8 * z.itemsize}
-    names = list(sizes)[1:]
-
-    def long(at: slice) -> list[int]:
-        """How many steps every coding has to list; none of a wider one where a narrower has none."""
-        found: list[int] = []
-        for name in names:
-            found.append(int(np.count_nonzero(z[at] >= (1 << STEPS[name]) - 1)))
-            if not found[-1]:
-                break
-        return found
-
-    for found in spread(long, _pieces(z.size)):
-        for name, n in zip(names, found, strict=False):
-            sizes[name] += z.itemsize * n
+    for at in _pieces(z.size):
+        for name in list(sizes)[1:]:
+            long = int(np.count_nonzero(z[at] >= (1 << STEPS[name]) - 1))
+            sizes[name] += z.itemsize * long
+            if not long:
+                break  # nor has a wider one
     best = min(sizes, key=lambda name: sizes[name])
     return None if best == "plain" else (best, packed(z, best))
 
 
 def decode(coding: str, stream: Ints, n: int, dtype: Any) -> Ints:
     """Zigzagged steps [n], unsigned integers of type `dtype`. ValueError as `check`."""
-    short, long, top = _parted(coding, stream, n, np.dtype(dtype))
     out = np.empty(n, dtype)
-
-    def read(at: slice) -> int:
-        _shorts(short, STEPS[coding], at.start, out[at])
-        return int(np.count_nonzero(out[at] == top))
-
-    def fill(part: tuple[slice, int, int]) -> None:
-        at, first, last = part
-        if last > first:
-            out[at][np.flatnonzero(out[at] == top)] = long[first:last]
-
-    pieces = _pieces(n)
-    ends = _checked(spread(read, pieces), long, top)
-    spread(fill, list(zip(pieces, [0, *ends], ends, strict=False)))
+    _unpack(coding, stream, n, out.dtype, out)
     return out
 
 
 def check(coding: str, stream: Ints, n: int, dtype: Any) -> None:
     """ValueError unless the stream holds exactly n steps."""
-    short, long, top = _parted(coding, stream, n, np.dtype(dtype))
-
-    def count(at: slice) -> int:
-        z = np.empty(at.stop - at.start, dtype)
-        _shorts(short, STEPS[coding], at.start, z)
-        return int(np.count_nonzero(z == top))
-
-    _checked(spread(count, _pieces(n)), long, top)
+    _unpack(coding, stream, n, np.dtype(dtype), None)
 
 
 def packed(z: Ints, coding: str) -> Ints:
@@ -149,17 +112,16 @@ def packed(z: Ints, coding: str) -> Ints:
     bits = STEPS[coding]
     top, short = (1 << bits) - 1, np.empty(_short_bytes(bits, z.size), np.uint8)
 
-    def pack(at: slice) -> Ints:
+    long = [short]
+    for at in _pieces(z.size):
         piece = z[at]
         where = np.flatnonzero(piece >= top)
-        long = piece[where].astype(z.dtype.newbyteorder("<")).view(np.uint8)
         if where.size:
+            long.append(piece[where].astype(z.dtype.newbyteorder("<")).view(np.uint8))
             piece = piece.copy()
             piece[where] = top
         _pack(piece, short, bits, at.start)
-        return long
-
-    return np.concatenate([short, *spread(pack, _pieces(z.size))])
+    return np.concatenate(long)
 
 
 def _short_bytes(bits: int, n: int) -> int:
@@ -191,25 +153,29 @@ def _shorts(planes: Ints, bits: int, lo: int, out: Ints) -> None:
             out[:] = part
 
 
-def _parted(coding: str, stream: Ints, n: int, dtype: np.dtype[Any]) -> tuple[Ints, Ints, int]:
-    """The bytes of the short steps, the long ones, and the number that stands for one of these."""
+def _unpack(coding: str, stream: Ints, n: int, dtype: np.dtype[Any], out: Ints | None) -> None:
     bits = STEPS[coding]
-    short = _short_bytes(bits, n)
+    short, top = _short_bytes(bits, n), (1 << bits) - 1
     if bits > 8 * dtype.itemsize or stream.size < short or (stream.size - short) % dtype.itemsize:
         raise ValueError(
             f"are {stream.size} bytes of {coding}, which {n} steps of {8 * dtype.itemsize} bits cannot be."
         )
     if bits == 4 and n % 2 and stream[short - 1] >> 4:
         raise ValueError("end with half a byte that is not zero.")
-    return stream[:short], stream[short:].view(dtype.newbyteorder("<")), (1 << bits) - 1
-
-
-def _checked(found: list[int], long: Ints, top: int) -> list[int]:
-    """How many long steps there are up to the end of every piece, as all are listed."""
-    ends = list(accumulate(found, initial=0))[1:]
-    n = ends[-1] if ends else 0
-    if n != long.size:
-        raise ValueError(f"have {n} long steps: {long.size} are listed.")
-    if any(spread(lambda at: bool((long[at] < top).any()), _pieces(n))):
-        raise ValueError("have a short step among the long ones.")
-    return ends
+    long, first = stream[short:].view(dtype.newbyteorder("<")), 0
+    scratch = np.empty(min(n, _PIECE), dtype)
+    for at in _pieces(n):
+        z = scratch[: at.stop - at.start] if out is None else out[at]
+        _shorts(stream[:short], bits, at.start, z)
+        marks = z == top
+        found = int(np.count_nonzero(marks))
+        if found > long.size - first:
+            raise ValueError(f"have more than the {long.size} long steps that are listed.")
+        listed = long[first : first + found]
+        if bool((listed < top).any()):
+            raise ValueError("have a short step among the long ones.")
+        if found and out is not None:
+            z[np.flatnonzero(marks)] = listed
+        first += found
+    if first != long.size:
+        raise ValueError(f"have {first} long steps: {long.size} are listed.")

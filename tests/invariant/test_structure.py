@@ -42,7 +42,6 @@ LEVELS = (
         "coding",
         "varint",
         "zigzag",
-        "threads",
         "codec",
         "made",
         "manifest",
