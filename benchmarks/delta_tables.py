@@ -1,4 +1,4 @@
-"""The tables of deltas on docs/benchmarks.md, of the rows that `delta_files.py` and `switch.py` append. Of every measure the last run is shown."""
+"""The tables of deltas on docs/benchmarks.md, of the rows that `delta_files.py`, `delta_jobs.py` and `switch.py` append. Of every measure the last run is shown."""
 
 from __future__ import annotations
 
@@ -43,6 +43,25 @@ def switch_table(rows: list[Row]) -> str:
     place = f"{r['hardware']}{threads(r['threads'])}; torch {r['torch']}, transformers {r['transformers']}, peft {r['peft']}"
     said = f"{place}; {r['run'][:10]}, commit {r['commit']}; {r['repeats']} repeats:"
     return f"{said}\n\n```sh\n{r['command']}\n```\n\n{table(head, lines)}"
+
+
+def jobs_table(rows: list[Row]) -> str:
+    """Of each job, how long it takes and how much of that is coding."""
+    if not rows:
+        return "Not measured yet."
+    shown = _last(rows)
+    lines = []
+    for r in shown:
+        whole, inside = float(r["ms"]), float(r["coding_ms"])
+        lines.append([r["job"], r["values"], number(whole), number(inside), f"{100 * inside / whole:.1f} %"])
+    head = [
+        f"{int(shown[0]['weights']):,} weights in bf16, 1 % changed",
+        "values",
+        "ms",
+        "of these coding, ms",
+        "share",
+    ]
+    return f"{_where(shown[0])}\n\n{table(head, lines)}"
 
 
 def _last(rows: list[Row]) -> list[Row]:

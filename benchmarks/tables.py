@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py
 
-Reads steps*.csv (`steps.py`), kernels*.csv (`kernels.py`), plan*.csv (`plan_against_peaks.py`), delta_files*.csv (`delta_files.py`) and
+Reads steps*.csv (`steps.py`), kernels*.csv (`kernels.py`), plan*.csv (`plan_against_peaks.py`), delta_files*.csv (`delta_files.py`), delta_jobs*.csv (`delta_jobs.py`) and
 switch*.csv (`switch.py`), writes every table between its pair of marks on the page (`<!-- targets -->` ... `<!-- /targets -->`)
 and draws the plots (`plots.py`, where matplotlib is installed). Nothing is
 averaged over runs: of the runs of one setting (hardware, model, dtype, tokens) the one with the most contenders is
@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # the files of this folder import each other, however they were started
 
-from delta_tables import delta_tables, switch_table
+from delta_tables import delta_tables, jobs_table, switch_table
 from plots import PLOTS, draw, drawable
 from rows import FULL, LORA, SHIRA, Group, Row, field, groups, number, read, spread, table, threads
 from targets import targets_table
@@ -146,6 +146,7 @@ def tables(results: Path) -> dict[str, str]:
         "kernels": kernels_table(read(results, "kernels")),
         "plan": plan_table(read(results, "plan")),
         "deltas": delta_tables(read(results, "delta_files")),
+        "jobs": jobs_table(read(results, "delta_jobs")),
         "switch": switch_table(read(results, "switch")),
     }
 
