@@ -30,9 +30,7 @@ GAPS: dict[str, type[np.unsignedinteger[Any]]] = {"gap8": np.uint8, "gap16": np.
 INDEX = ("plain", *GAPS, "gap7", "bitmap")
 _PIECE = 1 << 16  # entries
 _BYTES = _PIECE // 8  # of a bitmap
-_SHORT = (
-    1.5  # bytes a gap beyond which `gap7` is not taken: it saves little there, and takes several times as long to read
-)
+_SHORT = 1.5  # bytes a gap up to which `gap7` is taken: beyond, it saves little and takes several times as long to read
 
 
 def index_sizes(index: Ints, units: int) -> dict[str, int]:
