@@ -104,7 +104,7 @@ def main(
         for c in wanted:
             typer.echo(f"finetooth {shlex.join(c.command)}")
         return
-    prepare(data, out / "data", how["select"], how["general"])
+    prepare(data, out / "data", how["select"], how["general"], _whole(base))
     start = out / "gsm8k"
     os.environ |= {
         "FINETOOTH_BASE": _whole(base),

@@ -1,19 +1,29 @@
 """The data of the studies: rows to train on, to choose a learning rate by and to report, and a general text.
 
-Rows are shuffled with a fixed seed. Those that a learning rate is chosen by are taken from the training data; training rows whose prompt is
-also in the test are dropped. The general text is the held-out part of what the base was pretrained on, the same number of characters of each
-domain.
+Rows are shuffled with a fixed seed. Those that a learning rate is chosen by are taken from the training data by their prompts, and
+no training row has a prompt of theirs or of a test row. The general text is the held-out part of what the base was pretrained on: the
+same number of tokens of each domain, in documents of at most `LONGEST` tokens, as long as the base has seen; documents that are mostly
+not in Latin letters are left out, as their tokens are bytes and would weigh most.
+
+`manifest.json` is written last: a folder without it is made anew, one that was made with other settings or another tokenizer is refused.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
-import lzma
 import random
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import typer
+from transformers import AutoTokenizer
+
+from finetooth.data import documents
+from finetooth.files import whole
 
 TASKS = {
     "banking77": "tasks/banking77",
@@ -25,6 +35,8 @@ TASKS = {
     "preferences": "preferences/gsm8k_solutions",
 }
 DOMAINS = ("novels", "novels_eltec", "peps", "rust_rfcs", "factbook", "tinystories")
+LONGEST = 500  # tokens of a document: the base was pretrained on windows of 512
+EACH = 8  # documents at most that are cut from one
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -32,26 +44,69 @@ def rows(file: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
-def prepare(data: Path, out: Path, select: int, general: int) -> None:
-    """Write the files of every task, unless they are there."""
+def prepare(data: Path, out: Path, select: int, general: int, base: str) -> None:
+    """Write the files of every task and the general text, unless they are there."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+    told = {"select": select, "general": general, "vocabulary": vocabulary}
+    if (file := out / "manifest.json").is_file():
+        if (known := json.loads(file.read_text(encoding="utf-8"))) != told:
+            raise typer.BadParameter(f"{out} was made with {known}, and now it is {told}: give another --out.")
+        return
     for name, folder in TASKS.items():
-        if (out / name / "test.jsonl").is_file():
-            continue
-        test = rows(data / folder / "test.jsonl.gz")
-        known = {row["prompt"] for row in test}
-        learn = [row for row in rows(data / folder / "train.jsonl.gz") if row["prompt"] not in known]
-        random.Random(0).shuffle(learn)
-        random.Random(1).shuffle(test)  # `data.eval_limit` takes the first
+        parts = split(rows(data / folder / "train.jsonl.gz"), rows(data / folder / "test.jsonl.gz"), select)
         (out / name).mkdir(parents=True, exist_ok=True)
-        for part, found in (("select", learn[:select]), ("train", learn[select:]), ("test", test)):
-            write(out / name / f"{part}.jsonl", map(pair if name == "preferences" else dict, found))
-    texts = [beginning(data / "lm" / f"{name}.valid.txt.xz", general) for name in DOMAINS]
-    (out / "general.txt").write_text("\n<|endoftext|>\n".join(texts), encoding="utf-8")
+        for part, found in parts.items():
+            lines = (json.dumps(pair(r) if name == "preferences" else r, ensure_ascii=False) for r in found)
+            write(out / name / f"{part}.jsonl", "".join(f"{line}\n" for line in lines))
+    tokenizer.model_max_length = 10**9  # documents are cut here
+    texts = [text for name in DOMAINS for text in pieces(data / "lm" / f"{name}.valid.txt.xz", tokenizer, general)]
+    write(out / "general.txt", "\n<|endoftext|>\n".join(texts))
+    write(file, json.dumps(told, indent=1) + "\n")
 
 
-def beginning(file: Path, characters: int) -> str:
-    with lzma.open(file, "rt", encoding="utf-8") as text:
-        return text.read(characters)
+def split(learn: list[dict[str, Any]], test: list[dict[str, Any]], select: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows for training, for the choice of a rate and for the test, no two of which share a prompt.
+
+    >>> learn = [{"prompt": p, "completion": c} for p in "abcd" for c in "xy"]
+    >>> {part: len(found) for part, found in split(learn, [{"prompt": "a"}], 3).items()}
+    {'select': 3, 'train': 2, 'test': 1}
+    """
+    known = {row["prompt"] for row in test}
+    learn = [row for row in learn if row["prompt"] not in known]
+    random.Random(0).shuffle(learn)
+    random.Random(1).shuffle(test)  # `data.eval_limit` takes the first
+    counts, chosen = Counter(row["prompt"] for row in learn), set[str]()
+    for prompt in counts:  # in the order of the rows; with all rows of theirs, so that few prompts are lost to training
+        if sum(counts[p] for p in chosen) >= select:
+            break
+        chosen.add(prompt)
+    apart = [row for row in learn if row["prompt"] in chosen]
+    return {"select": apart[:select], "train": [row for row in learn if row["prompt"] not in chosen], "test": test}
+
+
+def pieces(file: Path, tokenizer: Any, tokens: int) -> Iterator[str]:
+    """Texts of a domain of `tokens` tokens together, the last of them cut."""
+    found = [text for text in documents(file) if latin(text)]
+    random.Random(2).shuffle(found)
+    for text in found:
+        ends = tokenizer(text, return_offsets_mapping=True)["offset_mapping"][: EACH * LONGEST]
+        for at in range(0, len(ends), LONGEST):
+            part = ends[at : min(at + LONGEST, at + tokens)]
+            if not tokens or len(part) < 2:
+                break
+            tokens -= len(part)
+            yield text[part[0][0] : part[-1][1]]
+
+
+def latin(text: str) -> bool:
+    """Whether nine of ten letters are.
+
+    >>> latin("naïve"), latin("안녕, world")
+    (True, False)
+    """
+    letters = [c for c in text if c.isalpha()]
+    return 10 * sum(ord(c) < 0x250 for c in letters) >= 9 * len(letters) > 0
 
 
 def pair(row: dict[str, Any]) -> dict[str, str]:
@@ -59,5 +114,6 @@ def pair(row: dict[str, Any]) -> dict[str, str]:
     return {"prompt": row["prompt"], "completion": row["chosen"], "rejected": row["rejected"]}
 
 
-def write(file: Path, found: Iterable[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), encoding="utf-8")
+def write(file: Path, text: str) -> None:
+    with whole(file) as temp:
+        temp.write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@
 The best learning rates of methods differ by an order of magnitude, so that one rate for all compares rates. "Best" is the smallest
 task loss on `select`, which should be other rows than those that are reported; without it, on the recipe's own.
 
-    OUT/compare.json  recipes/  logs/  base/  runs/NAME/  runs.csv  summary.csv  pareto.svg
+    OUT/compare.json  inputs.json  recipes/  logs/  base/  runs/NAME/  runs.csv  summary.csv  pareto.svg
 
 Calling it again goes on: runs with results are read, one that was interrupted is resumed, and contenders, rates and seeds that were added are run.
 
@@ -21,6 +21,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from finetooth import run, scatter, tally
+from finetooth import inputs, run, scatter, tally
 from finetooth.contest import Contender, Entry, contenders
 from finetooth.files import whole
 from finetooth.recipe import Recipe, RecipeError
@@ -117,14 +118,17 @@ def _silent(entry: Entry | None, stage: Stage, state: State, loss: float | None)
 def compare(plan: Plan, progress: Progress = _silent) -> dict[str, Any]:
     """Run what is missing and put the results together; also in the files of `plan.out`.
 
-    A run that fails is a row with its error, and the others go on. Raises RecipeError, before anything runs, where `plan.out` has runs of
-    another recipe, and RuntimeError if the base cannot be measured.
+    A run that fails, or ends without a finite loss, is a row with its error, and the others go on. Raises RecipeError, before anything
+    runs, where `plan.out` has runs of another recipe or of files with another content, and RuntimeError if the base cannot be measured.
     """
     for folder in ("recipes", "logs", "base", "runs"):
         (plan.out / folder).mkdir(parents=True, exist_ok=True)
+    select = None if plan.select is None else Path(plan.select)
+    inputs.require_same(inputs.digests(plan.common, select=select, runner=plan.runner), plan.out / "inputs.json")
     rows = _swept(plan, progress) if len(plan.rates) > 1 else []
     best = tally.best(rows) if rows else {c.label: plan.rates[0] for c in plan.contenders}
-    finals = [Entry(c, best[c.label], seed) for c in plan.contenders if c.label in best for seed in plan.seeds]
+    # Seeds outside: a machine that gets slower in the meantime does so for all contenders.
+    finals = [Entry(c, best[c.label], seed) for seed in plan.seeds for c in plan.contenders if c.label in best]
     rows += _all(plan, finals, "final", progress)
     return _written(plan, rows)
 
@@ -215,6 +219,9 @@ def _row(plan: Plan, entry: Entry, stage: Stage) -> dict[str, Any]:
     if not results.is_file():
         error = _ran(plan, [plan.out / "recipes" / f"{name}.yaml", _before(plan, entry, stage)], name)
     found = json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    loss = found["after"].get("task_loss", 0.0) if found else 0.0
+    if stage == "final" and (loss is None or not math.isfinite(loss)):
+        error = "it diverged: the task loss is not finite"
     part = entry.contender.method
     who = {"contender": entry.contender.label, "method": part.name, "keep": part.keep}
     return {**who, "lr": entry.lr, "seed": entry.seed, "stage": stage, "run": name, **tally.flat(found), "error": error}
@@ -239,7 +246,7 @@ def _ran(plan: Plan, words: Sequence[object], name: str) -> str:
 
 def _written(plan: Plan, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The files of the comparison, and what they say."""
-    summary = tally.summary([r for r in rows if r["stage"] == "final"])
+    summary = tally.summary([r for r in rows if r["stage"] == "final"], plan.contenders[0].label)
     _csv(plan.out / "runs.csv", rows)
     _csv(plan.out / "summary.csv", summary)
     found = {"recipe": plan.common.public().to_json(), "runs": rows, "summary": summary, "remarks": tally.remarks(rows)}

@@ -58,7 +58,7 @@ def model_of(tokenizer: Any, seed: int) -> LlamaForCausalLM:
         num_hidden_layers=6,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=1024,
+        max_position_embeddings=WINDOW,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -134,7 +134,7 @@ def write(checkpoint: Path, tokenizer: Any, data: Path, out: Path) -> None:
         file = data / "lm" / f"{name}.valid.txt.xz"
         loss, tokens = nats(model, windows(file, tokenizer))
         found[name] = {"nats_per_token": loss, "perplexity": math.exp(loss), "tokens": tokens}
-    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.config.max_position_embeddings = tokenizer.model_max_length = WINDOW
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]

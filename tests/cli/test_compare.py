@@ -65,6 +65,9 @@ def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
     assert [p for p in times if p.stat().st_mtime_ns != times[p]] == [lost]
     other = call(path, *words[:6], "--seeds", "1", "--out", str(tmp_path / "c"), "train.max_length=60")
     assert other.exit_code == 2 and "was run with another recipe" in other.stderr
+    text.write_text("Once upon a time there was a dog.\n")
+    changed = call(path, *words)
+    assert changed.exit_code == 2 and "another content of evaluate.forgetting" in changed.stderr
 
 
 def settled(folder: Path) -> bool:
@@ -246,6 +249,13 @@ def test_a_diverged_rate_is_not_the_best() -> None:
         {**row("a", 0, 3.0, 0.0), "lr": 0.01},
     ]
     assert tally.best(rows) == {"a": 0.1}
+
+
+def test_differences_are_from_a_contender_that_failed_too() -> None:
+    """Then there are none: the next one does not take its place."""
+    rows = [{**row("a", 0, 1.0, 1.0), "error": "out of memory"}, row("b", 0, 2.0, 1.0), row("c", 0, 3.0, 1.0)]
+    for found in (tally.summary(rows, "a"), tally.summary(rows[1:], "a")):
+        assert [line.get("task_loss_difference") for line in found] == [None] * len(found)
 
 
 def test_what_a_reader_must_know() -> None:

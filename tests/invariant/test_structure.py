@@ -62,7 +62,7 @@ LEVELS = (
     | {"generated"}
     | {"history", "turnover", "lines", "record", "page", "figures", "comparison", "reporter"}
     | {"card", "hub", "overlap", "preflight", "harness", "appraisal", "survival"}
-    | {"outsiders", "contest", "entrant", "tally", "scatter", "compare"},
+    | {"outsiders", "contest", "entrant", "inputs", "tally", "scatter", "compare"},
     {"longest", "understudy", "rehearsal", "plan", "trial"},
     {"cli"},
     {"__init__", "__main__"},
