@@ -73,7 +73,8 @@ class ChoosingOptimizer(SavedOptimizer):
         if self._model is not None:
             remove_noise(self._model)  # of an earlier optimizer
             remove_gradients(self._model)
-            self._attached["follow"] = self._model.register_forward_pre_hook(Follow(self))
+            if shards.world() > 1:
+                self._attached["follow"] = self._model.register_forward_pre_hook(Follow(self))
         for p in self._others.values():
             if p is not None:
                 p.requires_grad_(False)
@@ -120,9 +121,10 @@ class ChoosingOptimizer(SavedOptimizer):
         held = self._parameters()
         if self._cuts or not any(shards.sharded(p) for p in held.values()):
             return
-        if self._model is None:
+        if self._model is None or (self._gradients is not None and "follow" not in self._attached):
             raise RuntimeError(
-                "the parameters were sharded after the optimizer was built: give it model=, or build it after."
+                "the parameters were sharded after the optimizer was built: give it model= and build it when there is a process group "
+                "(after Accelerator() or init_process_group), or build it after sharding."
             )
         check_shards(held, self._moments)
         one = next(iter(held.values()))

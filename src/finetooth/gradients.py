@@ -264,7 +264,7 @@ class Follow:
         self._opt = weakref.ref(opt)
 
     def __call__(self, module: nn.Module, args: object) -> None:
-        if shards.world() > 1 and (opt := self._opt()) is not None:
+        if (opt := self._opt()) is not None:
             opt._adopt()
 
 

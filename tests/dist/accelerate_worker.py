@@ -10,7 +10,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 
 from finetooth import Delta
-import finetooth
 from tests.dist.sharded_worker import EXACT, gathered
 from tests.laws.toy import DTYPES, ROWS, Toy, batches, build
 
@@ -27,7 +26,6 @@ def fsdp2() -> Accelerator:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
-    early = {row: built(row, []) for row in ("random", "dst", "lisa")}  # before there are ranks
     accelerator = fsdp2()
     rank = dist.get_rank()
 
@@ -36,7 +34,8 @@ def main(folder: Path) -> None:
 
     calibration = [{"input_ids": b} for b in mine(batches(2, seed=9))]
     for row in ROWS:
-        model, opt = early.pop(row, None) or built(row, calibration)
+        model = Toy(DTYPES["fp32"])
+        opt = build(row, model, weight_decay=0.1, calibration=calibration, base=dict(Toy().named_parameters()), **EXACT)
         wrapped, prepared = accelerator.prepare(model, opt)
         wrapped.train()
         for ids in mine(batches(4)):
@@ -51,11 +50,6 @@ def main(folder: Path) -> None:
             delta.save(folder / f"{row}.safetensors")
             torch.save(found, folder / f"{row}.pt")
     dist.destroy_process_group()
-
-
-def built(row: str, calibration: list[dict[str, torch.Tensor]]) -> tuple[Toy, finetooth.SelectiveAdamW]:
-    model, base = Toy(DTYPES["fp32"]), dict(Toy().named_parameters())
-    return model, build(row, model, weight_decay=0.1, calibration=calibration, base=base, **EXACT)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +19,16 @@ def run(module: str, *arguments: str, ranks: int = 2) -> None:
         subprocess.Popen(command, cwd=ROOT, env={**env, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
-    assert [rank.wait(timeout=PATIENCE) for rank in started] == [0] * ranks
+    until = time.monotonic() + PATIENCE
+    try:
+        while any(rank.poll() is None for rank in started) and not any(rank.poll() for rank in started):
+            assert time.monotonic() < until, f"still running after {PATIENCE} s: {[rank.poll() for rank in started]}"
+            time.sleep(0.1)
+        assert [rank.poll() for rank in started] == [0] * ranks
+    finally:
+        for rank in started:  # one that has failed leaves the others waiting
+            rank.kill()
+            rank.wait()
 
 
 def launch(*arguments: str, ranks: int = 2) -> None:

@@ -28,6 +28,8 @@ def sharded(model: nn.Module) -> nn.Module:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    early = Toy()
+    built = build("random", early)  # before there are ranks
     dist.init_process_group("gloo")
     rank = dist.get_rank()
 
@@ -61,7 +63,7 @@ def main(folder: Path) -> None:
             if rank == 0:
                 torch.save(found, folder / f"{row}.{dtype}.sharded.pt")
     clipped(folder, mine)
-    refused(folder)
+    refused(folder, early, built)
     dist.destroy_process_group()
 
 
@@ -72,7 +74,7 @@ def clipped(folder: Path, mine: Callable[[list[torch.Tensor]], list[torch.Tensor
     torch.save({"model": gathered(model), "norm": opt.grad_norm}, folder / ("clipped.pt" if not dist.get_rank() else "other.pt"))
 
 
-def refused(folder: Path) -> None:
+def refused(folder: Path, early: Toy, built: torch.optim.Optimizer) -> None:
     """What is said to what cannot work, on rank 1; a collective call that only one rank refused would hang."""
     said = {}
 
@@ -99,6 +101,10 @@ def refused(folder: Path) -> None:
     before = opt.steps
     try_("checkpoint", lambda: get_optimizer_state_dict(model, opt))
     assert opt.steps == before
+    sharded(early)
+    held = dict(early.named_parameters())
+    built.param_groups[0]["params"] = [held[name] for name in built.param_groups[0]["param_names"]]  # as accelerate does
+    try_("early", lambda: list(train(early, built, [b.chunk(2)[dist.get_rank()] for b in batches(1)])))
     if dist.get_rank() == 1:
         torch.save(said, folder / "refused.pt")
 

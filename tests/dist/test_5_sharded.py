@@ -91,5 +91,6 @@ def test_what_cannot_work_is_refused_on_every_rank(folder: Path) -> None:
         "apply": "is sharded over ranks: apply a delta",
         "rank 1": "rank 1 was given has no slots",
         "checkpoint": "torch.distributed.checkpoint",
+        "early": "build it when there is a process group",
     }.items():
         assert part in said[name], name

@@ -1,5 +1,6 @@
 """One of two ranks: train every row under DDP on half of every batch, and save what rank 0 holds."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -19,6 +20,18 @@ def main(folder: Path) -> None:
     tied = {row: (model := tied_toy(), build(row, model, seed=1)) for row in TIED}
     dist.init_process_group("gloo")
     rank = dist.get_rank()
+    every_row(folder, rank, early)
+    for row, (model, opt) in tied.items():
+        ddp = DistributedDataParallel(model)
+        list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(6)]))
+        torch.save(snapshot(model), folder / f"{row}.tied.{rank}.pt")
+    tied.clear()  # DDP's reducers go with the models, and must before their process group does
+    del ddp, model, opt
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def every_row(folder: Path, rank: int, early: dict[str, tuple[Toy, finetooth.SelectiveAdamW]]) -> None:
     for row in ROWS:
         for dtype in DTYPES:
             model, opt = early.pop(row, None) or built(row, dtype, torch.tensor([rank]))
@@ -26,11 +39,6 @@ def main(folder: Path) -> None:
             list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(4)]))
             chosen = {n: s.index for n, s in opt.selections().items()}
             torch.save({"model": snapshot(model), "chosen": chosen}, folder / f"{row}.{dtype}.{rank}.pt")
-    for row, (model, opt) in tied.items():
-        ddp = DistributedDataParallel(model)
-        list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(6)]))
-        torch.save(snapshot(model), folder / f"{row}.tied.{rank}.pt")
-    dist.destroy_process_group()
 
 
 def tied_toy() -> Toy:
