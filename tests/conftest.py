@@ -19,6 +19,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("FINETOOTH_DATA", ROOT.parent / "shared" / "data"))
+LONGEST = ("tests/resume/test_kills.py", "tests/dist/", "tests/cli/test_compare.py")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -31,6 +32,11 @@ def pytest_make_collect_report(
     if report.skipped and "unable to import module" in str(report.longrepr):
         report.outcome = "failed"
     return report
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end, one process would do them while the other has nothing left."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)
