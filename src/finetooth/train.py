@@ -140,12 +140,12 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
 
 
 def fitted(trainer: Trainer, checkpoint: Path | None = None) -> dict[str, Any]:
-    """Train. How many seconds that took, which nobody knows of a run that was resumed, and the most memory held by its end."""
+    """Train. How many seconds that took without checkpoints, which nobody knows of a run that was resumed, and the most memory held by its end."""
     began = time.monotonic()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = round(time.monotonic() - began, 2) if checkpoint is None else None
+    seconds = round(time.monotonic() - began - trainer.saving_seconds, 2) if checkpoint is None else None
     return {"train_seconds": seconds, "train_peak_bytes": peak_bytes()}
 
 

@@ -12,6 +12,7 @@ what led there may be in them, so the older checkpoints are worth more. One that
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,9 @@ class Trainer(SFTTrainer):
 
     _aside: str | None = None  # where a checkpoint is being written
     _due = False  # a checkpoint that was not saved yet
-    selective: SelectiveAdamW | None = (
-        None  # the optimizer, which accelerate wraps; none where torch's trains (`outsiders.py`)
-    )
+    saving_seconds = 0.0  # that checkpoints have taken
+    # The optimizer, which accelerate wraps; none where torch's trains (`outsiders.py`).
+    selective: SelectiveAdamW | None = None
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; where it is not finite, neither are its gradients."""
@@ -66,13 +67,14 @@ class Trainer(SFTTrainer):
         return self._aside or str(super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        target = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        target, began = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}", time.monotonic()
         with saving(target, keep=KEPT) as unfinished:
             self._aside = str(unfinished.parent)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._aside = None
+        self.saving_seconds += time.monotonic() - began
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from trl import SFTTrainer
 from typer.testing import CliRunner
 
+import finetooth.train
+import finetooth.trainer
 from finetooth.cli.main import app
 
 runner = CliRunner()
@@ -41,6 +45,22 @@ def call(*words: object) -> Any:
     result = runner.invoke(app, [str(w) for w in words])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
+
+
+def test_checkpoints_are_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that only saving moves: LoRA, which saves no checkpoint, is compared by the same seconds."""
+    now, save = [0.0], SFTTrainer._save_checkpoint
+
+    def slow(*given: Any) -> None:
+        save(*given)
+        now[0] += 100.0
+
+    clock = SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr(SFTTrainer, "_save_checkpoint", slow)
+    for module in (finetooth.train, finetooth.trainer):
+        monkeypatch.setattr(module, "time", clock)
+    found = call("train", recipe(tmp_path), "--json")
+    assert now[0] >= 100.0 and found["train_seconds"] == 0.0
 
 
 def test_a_run_folder(tmp_path: Path) -> None:
