@@ -30,9 +30,10 @@ def steps(old: Ints, new: Ints, floating: bool) -> Ints:
     >>> steps(one, two, True), steps(two, one, True)
     (array([2], dtype=uint32), array([1], dtype=uint32))
     """
-    out = np.empty_like(new)
+    out, scratch = np.empty_like(new), np.empty(min(new.size, _PIECE), new.dtype)
     for at in _pieces(new.size):
-        z, d = out[at], np.empty_like(out[at])
+        z = out[at]
+        d = scratch[: z.size]
         _ordered(new[at], floating, z)
         z -= _ordered(old[at], floating, d)
         _signs(z, d)
@@ -43,9 +44,10 @@ def steps(old: Ints, new: Ints, floating: bool) -> Ints:
 
 def moved(old: Ints, z: Ints, floating: bool) -> Ints:
     """The new bit patterns that `steps(old, new, floating)` were taken of."""
-    out = np.empty_like(old)
+    out, scratch = np.empty_like(old), np.empty(min(old.size, _PIECE), old.dtype)
     for at in _pieces(old.size):
-        new, d = out[at], np.empty_like(out[at])
+        new = out[at]
+        d = scratch[: new.size]
         np.bitwise_and(z[at], 1, out=new)
         np.negative(new, out=new)
         new ^= np.right_shift(z[at], 1, out=d)
@@ -111,7 +113,6 @@ def packed(z: Ints, coding: str) -> Ints:
     """The stream of steps in that coding: the short ones, then the long ones."""
     bits = STEPS[coding]
     top, short = (1 << bits) - 1, np.empty(_short_bytes(bits, z.size), np.uint8)
-
     long = [short]
     for at in _pieces(z.size):
         piece = z[at]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.dist.ranks import PATIENCE, run
-from tests.dist.worker import TIED, tied_toy
+from tests.dist.worker import COMPACT, TIED, tied_toy
 from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
 
 pytestmark = pytest.mark.timeout(PATIENCE + 100)
@@ -42,6 +42,14 @@ def test_tied_weights_of_an_optimizer_that_was_there_first(row: str, folder: Pat
     for rank in range(2):
         other = torch.load(folder / f"{row}.tied.{rank}.pt", weights_only=True)  # noqa: TID251 - tensors only
         assert all(same(p, other[n]) for n, p in snapshot(model).items())
+
+
+@pytest.mark.parametrize("row", COMPACT)
+def test_what_crosses_the_network(row: str, folder: Path) -> None:
+    """The gathered gradients in float32, and no more; DDP is left with the smallest tensor, as it refuses to have none."""
+    sent = torch.load(folder / "traffic.0.pt", weights_only=True)[row]  # noqa: TID251 - numbers only
+    assert (sent["ours"], sent["ddp"]) == (sent["chosen"], sent["smallest"])
+    assert sent["ours"] + sent["ddp"] < sent["dense"]
 
 
 def test_fsdp1_is_refused() -> None:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import finetooth
 from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, snapshot, train
 
 TIED = ("lisa", "badam", "random", "rows")
+COMPACT = ("random", "grad", "gift-sw", "rows", "fish")  # that choose once and gather gradients
 
 
 def main(folder: Path) -> None:
@@ -25,6 +27,7 @@ def main(folder: Path) -> None:
         ddp = DistributedDataParallel(model)
         list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(6)]))
         torch.save(snapshot(model), folder / f"{row}.tied.{rank}.pt")
+    torch.save({row: traffic(row) for row in COMPACT}, folder / f"traffic.{rank}.pt")
     tied.clear()  # DDP's reducers go with the models, and must before their process group does
     del ddp, model, opt
     gc.collect()
@@ -39,6 +42,33 @@ def every_row(folder: Path, rank: int, early: dict[str, tuple[Toy, finetooth.Sel
             list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(4)]))
             chosen = {n: s.index for n, s in opt.selections().items()}
             torch.save({"model": snapshot(model), "chosen": chosen}, folder / f"{row}.{dtype}.{rank}.pt")
+
+
+def traffic(row: str) -> dict[str, int]:
+    """Bytes that a step after the first gives to all-reduces of ours and of DDP's, and what they are measured by."""
+    rank, sent = dist.get_rank(), {"ours": 0, "ddp": 0}
+    model, opt = built(row, "fp32", torch.tensor([rank]))
+    ddp = DistributedDataParallel(model)
+
+    def hook(_: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        sent["ddp"] += bucket.buffer().nbytes
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    def all_reduce(tensor: torch.Tensor, *given: object, **named: object) -> object:
+        sent["ours"] += 0 if named.get("async_op") else tensor.nbytes  # the hook's are
+        return whole(tensor, *given, **named)
+
+    ddp.register_comm_hook(None, hook)
+    whole, dist.all_reduce = dist.all_reduce, all_reduce
+    try:
+        for _ in train(ddp, opt, [b.chunk(2)[rank] for b in batches(2)]):
+            found = dict(sent)
+            sent.update(ours=0, ddp=0)
+    finally:
+        dist.all_reduce = whole
+    sizes = [model.get_parameter(name).nbytes for name in opt.selections()]
+    chosen = sum(s.numel for s in opt.selections().values())
+    return {**found, "chosen": 4 * chosen, "dense": sum(sizes), "smallest": min(sizes)}
 
 
 def tied_toy() -> Toy:
