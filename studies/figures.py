@@ -1,81 +1,105 @@
-"""The tables and figures of a question, from what its comparisons wrote.
+"""The tables and figures of the study, from what its comparisons wrote; `readings.py` has the numbers.
 
-tables.csv          a row for each part, recipe and contender: means, standard deviations, differences with their 95 % interval
-PART.svg            paired differences of learning and of forgetting, an interval each
-PART-curve.svg      learning and forgetting over a budget, where the part has `curve`
-RECIPE/pareto.svg   of each comparison, by `finetooth compare`
+    python studies/figures.py --out runs/study/small            # draws what is there
+
+tables.csv          a row for each question, table, recipe and contender
+runs.csv            every run of the pool, those of the sweeps too
+QUESTION-TABLE.svg  differences with their 95 % interval; over a budget; or learning against forgetting, a column for each bin of bytes
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
+import typer
 import yaml
 from matplotlib.figure import Figure
+from readings import Lines, Row, read
 
-from finetooth import tally
-
-Lines = dict[str, list[dict[str, Any]]]  # recipe -> a line for each contender
+HERE = Path(__file__).parent
 STYLE = {"svg.hashsalt": "finetooth", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8}
+MARKS = "osD^vP*Xph<>d8H1"
+
+
+def main(out: Annotated[Path, typer.Option(help="The folder of a size of the study.")]) -> None:
+    """Draw what has been run."""
+    typer.echo("\n".join(draw(out)))
+
+
+def sources() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The pool, the questions and the sizes."""
+    names = ("pool", "questions", "sizes")
+    pool, questions, sizes = (yaml.safe_load((HERE / f"{n}.yaml").read_text(encoding="utf-8")) for n in names)
+    return pool, questions, sizes
+
+
+def tenth(steps: int, found: Any) -> Any:
+    """What was read of YAML, with a tenth of the steps in place of `TENTH`."""
+    return json.loads(json.dumps(found).replace("TENTH", str(max(1, steps // 10))))
 
 
 @matplotlib.rc_context(STYLE)
-def draw(question: Path, out: Path) -> list[str]:
+def draw(out: Path) -> list[str]:
     """Write them; their names."""
-    table: list[dict[str, Any]] = []
-    written = [out / "tables.csv"]
-    for name, part in yaml.safe_load(question.read_text(encoding="utf-8"))["parts"].items():
-        found = {
-            r: json.loads(f.read_text()) for r in part["recipes"] if (f := out / name / r / "compare.json").is_file()
-        }
-        lines = {recipe: summary(one["runs"], part.get("equal") == "keep") for recipe, one in found.items()}
-        lines = {recipe: own for recipe, own in lines.items() if own}
-        if not lines:
-            continue
-        table += [{"part": name, "recipe": recipe, **line} for recipe, own in lines.items() for line in own]
-        written.append(intervals(lines, part.get("number", "task_loss"), out / f"{name}.svg"))
-        if "curve" in part:
-            written.append(curves(lines, part["curve"], out / f"{name}-curve.svg"))
-    if not table:
-        return []
-    with written[0].open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in table for key in row)))
+    pool, questions, sizes = sources()
+    pool, questions = (tenth(sizes[out.name]["steps"], found) for found in (pool, questions))
+    table: list[Row] = []
+    figures: list[Path] = []
+    for question, asked in questions.items():
+        for name, how in asked.items():
+            if name == "question" or not (lines := read(out, pool, how)):
+                continue
+            file = out / f"{question}-{name}.svg"
+            table += [
+                {"question": question, "table": name, "recipe": recipe, **line}
+                for recipe, own in lines.items()
+                for line in own
+            ]
+            figure = _figure(lines, how)
+            figure.savefig(file, metadata={"Date": None})
+            file.write_text("".join(f"{line.rstrip()}\n" for line in file.read_text("utf-8").splitlines()), "utf-8")
+            figures.append(file)
+    every = [
+        {"part": part, "recipe": recipe, **row}
+        for part, made in pool.items()
+        for recipe in made["recipes"]
+        if (file := out / part / recipe / "compare.json").is_file()
+        for row in json.loads(file.read_text(encoding="utf-8"))["runs"]
+    ]
+    written = [_csv(out / "runs.csv", every), _csv(out / "tables.csv", table)] if table else []
+    return [str(file) for file in written + figures]
+
+
+def _figure(lines: Lines, how: dict[str, Any]) -> Figure:
+    if how["kind"] == "curve":
+        return curves(lines, how["over"])
+    if how["kind"] == "bins":
+        return fronts(lines, len(how["edges"]) - 1)
+    return intervals(
+        lines, ("forgetting",) if how["kind"] == "equal" else (how.get("number", "task_loss"), "forgetting")
+    )
+
+
+def _csv(file: Path, rows: list[Row]) -> Path:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(table)
-    return [str(file) for file in written if file.is_file()]
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+    return file
 
 
-def summary(runs: Sequence[dict[str, Any]], equal: bool) -> list[dict[str, Any]]:
-    """A line for each contender; differences from the first, or from `random` with the same budget where there is one."""
-    rows = [row for row in runs if row["stage"] == "final" and not row["error"]]
-    about = {row["contender"]: {"method": row["method"], "keep": row["keep"]} for row in rows}
-    lines = tally.summary(rows) if rows else []
-    if equal:
-        budgets = {known["keep"] for known in about.values()} - {None}
-        for keep in budgets:
-            against = next((c for c, known in about.items() if known == {"method": "random", "keep": keep}), None)
-            if against is not None:
-                own = {line["contender"]: line for line in tally.summary(rows, against)}
-                lines = [own[x["contender"]] if about[x["contender"]]["keep"] == keep else x for x in lines]
-        lines = [x if about[x["contender"]]["keep"] in budgets else _alone(x) for x in lines]
-    return [{**about[line["contender"]], **line} for line in lines]
-
-
-def _alone(line: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if k.endswith(("_difference", "_interval")) else v for k, v in line.items()}
-
-
-def intervals(lines: Lines, number: str, file: Path) -> Path:
-    """Differences in the number and in forgetting; left of the line is better, as both are less when better."""
-    known = (x["contender"] for own in lines.values() for x in own if x.get(f"{number}_difference") is not None)
+def intervals(lines: Lines, numbers: Iterable[str]) -> Figure:
+    """Differences; left of the line is better, as all of these numbers are less when better."""
+    numbers = list(numbers)
+    known = (x["contender"] for own in lines.values() for x in own if x.get(f"{numbers[0]}_difference") is not None)
     labels = list(dict.fromkeys(known))
-    figure = Figure(figsize=(7.5, 1 + 0.16 * len(labels) * len(lines)), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2, sharey=True), (number, "forgetting"), strict=True):
+    figure = Figure(figsize=(7.5, 1 + 0.16 * max(2, len(labels)) * len(lines)), layout="constrained")
+    for axes, key in zip(figure.subplots(1, len(numbers), sharey=True, squeeze=False)[0], numbers, strict=True):
         for i, (recipe, own) in enumerate(lines.items()):
             shown = [x for x in own if x["contender"] in labels and x.get(f"{key}_difference") is not None]
             y = [labels.index(x["contender"]) + 0.7 * (i + 0.5) / len(lines) - 0.35 for x in shown]
@@ -83,14 +107,14 @@ def intervals(lines: Lines, number: str, file: Path) -> Path:
             axes.errorbar([x[f"{key}_difference"] for x in shown], y, xerr=spread, fmt="o", ms=3, lw=0.8, label=recipe)
         axes.axvline(0, color="black", lw=0.6)
         axes.set_xlabel(f"{key.replace('_', ' ')}: difference, 95 % interval")
-        axes.spines[["top", "right"]].set_visible(False)
-    axes.set_yticks(range(len(labels)), labels)
+        _plain(axes)
+        axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
-    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _saved(figure, file)
+    _legend(axes)
+    return figure
 
 
-def curves(lines: Lines, over: str, file: Path) -> Path:
+def curves(lines: Lines, over: str) -> Figure:
     """Task loss and forgetting over `keep` or stored bytes, a line for each method; a method without budgets is a point."""
     figure = Figure(figsize=(7.5, 2.2 * len(lines)), layout="constrained")
     grid = figure.subplots(len(lines), 2, squeeze=False)
@@ -101,17 +125,46 @@ def curves(lines: Lines, over: str, file: Path) -> Path:
                 shown = sorted(({**x, over: x[over] or x["share"]} for x in shown), key=lambda x: x[over])
                 at, values = [x[over] for x in shown], [x[key] for x in shown]
                 spread = [x[f"{key}_sd"] or 0.0 for x in shown]
-                axes.errorbar(
-                    at, values, spread, color=f"C{i % 10}", marker="osD^vP*Xph"[i % 10], ms=3, lw=0.8, label=method
-                )
+                axes.errorbar(at, values, spread, color=f"C{i % 10}", marker=MARKS[i % 16], ms=3, lw=0.8, label=method)
             axes.set_xscale("log")
             axes.set_xlabel(over.replace("_", " "))
             axes.set_ylabel(f"{recipe}: {key.replace('_', ' ')}")
-            axes.spines[["top", "right"]].set_visible(False)
-    grid[0][1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-    return _saved(figure, file)
+            _plain(axes)
+    _legend(grid[0][1])
+    return figure
 
 
-def _saved(figure: Figure, file: Path) -> Path:
-    figure.savefig(file, metadata={"Date": None})
-    return file
+def fronts(lines: Lines, count: int) -> Figure:
+    """Learning against forgetting: a row for each recipe, a column for each bin of stored bytes that has somebody, its front dashed."""
+    used = [i for i in range(count) if any(x["bin"] == i for own in lines.values() for x in own)]
+    figure = Figure(figsize=(2.1 * len(used) + 1.9, 2.0 * len(lines) + 0.3), layout="constrained")
+    methods = list(dict.fromkeys(x["method"] for own in lines.values() for x in own))
+    grid = figure.subplots(len(lines), len(used), squeeze=False, sharex="row", sharey="row")
+    for pair, (recipe, own) in zip(grid, lines.items(), strict=True):
+        for axes, i in zip(pair, used, strict=True):
+            for x in (x for x in own if x["bin"] == i):
+                at = methods.index(x["method"])
+                axes.plot(x["task_loss"], x["forgetting"], color=f"C{at % 10}", marker=MARKS[at % 16], ms=4, ls="")
+            ends = sorted((x for x in own if x["bin"] == i and x["front"]), key=lambda x: x["task_loss"])
+            axes.plot([x["task_loss"] for x in ends], [x["forgetting"] for x in ends], color="black", lw=0.6, ls="--")
+            sizes = [x["delta_bytes"] for own_ in lines.values() for x in own_ if x["bin"] == i]
+            axes.set_title(f"{min(sizes) / 1e3:,.0f} to {max(sizes) / 1e3:,.0f} kB", fontsize=7)
+            axes.set_xlabel("task loss", fontsize=7)
+            _plain(axes)
+        pair[0].set_ylabel(f"{recipe}: forgetting", fontsize=7)
+    for at, method in enumerate(methods):
+        grid[0][-1].plot([], [], color=f"C{at % 10}", marker=MARKS[at % 16], ms=4, ls="", label=method)
+    _legend(grid[0][-1])
+    return figure
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(axes: Any) -> None:
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,34 +1,29 @@
-"""A question of the study: its comparisons, one `finetooth compare` each, then its tables and figures.
+"""The study: parts of its pool, one `finetooth compare` for each recipe of a part, then the tables and figures of all questions.
 
-    python studies/run.py 1 --data ../shared/data --base runs/base/model               # call it again to go on
-    python studies/run.py 1 --data ../shared/data --base runs/base/model --dry         # commands, and how many runs they are
-    python studies/run.py 1 --data ../shared/data --base embedded:stories260K --size try
+    python studies/run.py --data ../shared/data                     # all; call it again to go on
+    python studies/run.py --data ../shared/data --only core,time    # parts, recipes or PART/RECIPE
+    python studies/run.py --data ../shared/data --dry               # commands, and how many runs they are
+    python studies/run.py --data ../shared/data --base embedded:stories260K --size try
 
-A question is a YAML file in this folder. `sizes.yaml` says how large a study is, `tasks.py` what the data are.
+`pool.yaml` says what is trained, `questions.yaml` what is read from it, `sizes.yaml` how large a study is, `tasks.py` what the data are.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
-from figures import draw
+from figures import HERE, draw, sources, tenth
 from tasks import prepare
 
 from finetooth import embedded
-from finetooth.contest import contenders
-from finetooth.recipe import MethodPart
-
-HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -39,39 +34,33 @@ class Comparison:
     recipe: str
     command: list[str]
     contenders: int
+    rates: int
     alone: bool  # its times are an answer
 
-    def runs(self, size: dict[str, Any]) -> tuple[int, int]:
+    def runs(self, size: Mapping[str, Any]) -> tuple[int, int]:
         """The least and the most: a best rate at an end is followed."""
-        rates = len(size["rates"])
-        swept, finals = self.contenders * rates * (rates > 1), self.contenders * size["seeds"]
-        return swept + finals, swept + finals + self.contenders * size["widen"]
+        swept = self.contenders * self.rates * (self.rates > 1)
+        finals = self.contenders * size["seeds"]
+        return swept + finals, swept + finals + self.contenders * size["widen"] * (self.rates > 1)
 
 
-def comparisons(
-    question: Path, size: dict[str, Any], out: Path, only: set[str], named: set[str]
-) -> Iterator[Comparison]:
+def comparisons(pool: Mapping[str, Any], size: Mapping[str, Any], out: Path, only: set[str]) -> Iterator[Comparison]:
     """Every part on every recipe of it, or those that are asked for."""
-    for name, part in yaml.safe_load(question.read_text(encoding="utf-8"))["parts"].items():
-        methods = [m for m in part["methods"] if not named or {m, m.split(":")[0]} & named]
-        methods = [m.replace("TENTH", str(max(1, size["steps"] // 10))) for m in methods]
-        keep = part.get("keep", [])[: size.get("budgets")]
-        found = contenders(methods, keep, MethodPart())
-        rates = part.get("rates", size["rates"])[: len(size["rates"])]
-        for recipe in part["recipes"]:
-            if not methods or (only and not {recipe, name, f"{name}/{recipe}"} & only):
+    for part, made in tenth(size["steps"], pool).items():
+        rates = made.get("rates", size["rates"])[: len(size["rates"])]
+        for recipe in made["recipes"]:
+            if only and not {recipe, part, f"{part}/{recipe}"} & only:
                 continue
-            changes = [*size["set"], f"train.max_steps={size['steps']}", *part.get("set", [])]
+            changes = [*size["set"], f"train.max_steps={size['steps']}", *made.get("set", [])]
             words = ["compare", str(HERE / "recipes" / f"{recipe}.yaml"), *changes]
-            words += ["--methods", ",".join(methods), "--lr", ",".join(f"{rate:g}" for rate in rates)]
-            words += ["--keep", ",".join(f"{share:g}" for share in keep)] if keep else []
+            words += ["--methods", ",".join(made["methods"]), "--lr", ",".join(f"{rate:g}" for rate in rates)]
             words += ["--seeds", str(size["seeds"])]
             if len(rates) > 1:
                 task = "banking77" if recipe == "sequence" else recipe
                 words += ["--widen", str(size["widen"]), "--select", str(out / "data" / task / "select.jsonl")]
-            words += ["--runner", str(HERE / part["runner"])] if "runner" in part else []
-            words += ["--out", str(out / question.stem / name / recipe)]
-            yield Comparison(name, recipe, words, len(found), part.get("alone", False))
+            words += ["--runner", str(HERE / made["runner"])] if "runner" in made else []
+            words += ["--out", str(out / part / recipe)]
+            yield Comparison(part, recipe, words, len(made["methods"]), len(rates), made.get("alone", False))
 
 
 def finetooth(words: list[str]) -> int:
@@ -80,26 +69,26 @@ def finetooth(words: list[str]) -> int:
 
 
 def main(
-    number: Annotated[int, typer.Argument(help="1 to 6: the question.")],
     data: Annotated[Path, typer.Option(help="The folder with tasks/, preferences/ and lm/.")],
-    base: Annotated[str, typer.Option(help="The pretrained model.")],
+    base: Annotated[str, typer.Option(help="The pretrained model.")] = str(HERE / "base" / "model"),
     size: Annotated[str, typer.Option(help="try, small or full; see sizes.yaml.")] = "small",
-    only: Annotated[str, typer.Option(help="Recipes, parts or PART/RECIPE, with commas, if not all.")] = "",
-    methods: Annotated[str, typer.Option(help="Methods, with commas, if not all.")] = "",
+    only: Annotated[str, typer.Option(help="Parts, recipes or PART/RECIPE, with commas, if not all.")] = "",
     out: Path = Path("runs/study"),
     jobs: Annotated[int, typer.Option(help="Runs at a time, where their times are no answer.")] = 2,
     threads: Annotated[int, typer.Option(help="CPU threads of each.")] = 1,
     dry: Annotated[bool, typer.Option("--dry", help="Only say what would be run.")] = False,
 ) -> None:
-    """Run what is missing of a question, and put it together."""
-    question, how = next(HERE.glob(f"{number}-*.yaml")), yaml.safe_load((HERE / "sizes.yaml").read_text())[size]
-    out = out.resolve() / size
-    chosen, named = ({name for name in text.split(",") if name} for text in (only, methods))
-    wanted = list(comparisons(question, how, out, chosen, named))
-    if not wanted:
-        raise typer.BadParameter("nothing of this question is left.")
+    """Run what is missing, and put it together after every comparison."""
+    pool, _, sizes = sources()
+    if size not in sizes:
+        raise typer.BadParameter(f"there is no size {size!r}: {', '.join(sizes)}.")
+    how, out = sizes[size], out.resolve() / size
+    chosen = {name for name in only.split(",") if name}
+    if unknown := chosen - {n for p, made in pool.items() for r in made["recipes"] for n in (p, r, f"{p}/{r}")}:
+        raise typer.BadParameter(f"--only: {min(unknown)!r} is no part, recipe or PART/RECIPE of pool.yaml.")
+    wanted = list(comparisons(pool, how, out, chosen))
     least, most = (sum(counts) for counts in zip(*(c.runs(how) for c in wanted), strict=True))
-    typer.echo(f"{len(wanted)} comparisons, {least} to {most} runs of {how['steps']} steps", err=True)
+    typer.echo(f"{len(wanted)} comparisons, {least:,} to {most:,} runs of {how['steps']} steps", err=True)
     if dry:
         for c in wanted:
             typer.echo(f"finetooth {shlex.join(c.command)}")
@@ -111,16 +100,17 @@ def main(
         "FINETOOTH_STUDY": str(out / "data"),
         "FINETOOTH_SFT": str(start / "merged"),
     }
-    if any(c.recipe == "preferences" for c in wanted) and not (start / "merged" / "tokenizer.json").is_file():
-        resume = ["--resume"] if (start / "recipe.yaml").is_file() else []
-        changes = [*how["set"], f"train.max_steps={how['steps']}", f"output={start}"]
-        if finetooth(["train", str(HERE / "recipes" / "gsm8k.yaml"), *changes, *resume]):
-            raise typer.Exit(1)
-    codes = [
-        finetooth([*c.command, "--jobs", "1" if c.alone else str(jobs), "--threads", str(threads)]) for c in wanted
-    ]
-    typer.echo(json.dumps(draw(question, out / question.stem), indent=1))
-    raise typer.Exit(max(codes))
+    code = 0
+    for c in wanted:
+        if c.recipe == "preferences" and not (start / "merged" / "tokenizer.json").is_file():
+            resume = ["--resume"] if (start / "recipe.yaml").is_file() else []
+            changes = [*how["set"], f"train.max_steps={how['steps']}", f"output={start}"]
+            if finetooth(["train", str(HERE / "recipes" / "gsm8k.yaml"), *changes, *resume]):
+                raise typer.Exit(1)
+        code |= finetooth([*c.command, "--jobs", "1" if c.alone else str(jobs), "--threads", str(threads)])
+        written = draw(out)
+    typer.echo("\n".join(written))
+    raise typer.Exit(code)
 
 
 def _whole(base: str) -> str:

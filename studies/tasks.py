@@ -1,9 +1,10 @@
 """The data of the studies: rows to train on, to choose a learning rate by and to report, and a general text.
 
-Rows are shuffled with a fixed seed. Those that a learning rate is chosen by are taken from the training data by their prompts, and
-no training row has a prompt of theirs or of a test row. The general text is the held-out part of what the base was pretrained on: the
-same number of tokens of each domain, in documents of at most `LONGEST` tokens, as long as the base has seen; documents that are mostly
-not in Latin letters are left out, as their tokens are bytes and would weigh most.
+Rows that are long for their task are left out, of training and of the test; the others are shuffled with a fixed seed. Those that a
+learning rate is chosen by are taken from the training data by their prompts, and no training row has a prompt of theirs or of a test row.
+The general text is the held-out part of what the base was pretrained on: the same number of tokens of each domain, in documents of at
+most `LONGEST` tokens, as long as the base has seen; documents that are mostly not in Latin letters are left out, as their tokens are
+bytes and would weigh most.
 
 `manifest.json` is written last: a folder without it is made anew, one that was made with other settings or another tokenizer is refused.
 """
@@ -25,14 +26,14 @@ from transformers import AutoTokenizer
 from finetooth.data import documents
 from finetooth.files import whole
 
+# Where each is, and of how many tokens a row is at most: a batch is as long as its longest row.
 TASKS = {
-    "banking77": "tasks/banking77",
-    "e2e": "tasks/e2e_nlg",
-    "tatoeba": "tasks/tatoeba_en_es",
-    "boolq": "tasks/boolq",
-    "mawps": "tasks/mawps",
-    "gsm8k": "tasks/gsm8k",
-    "preferences": "preferences/gsm8k_solutions",
+    "banking77": ("tasks/banking77", 32),
+    "tatoeba": ("tasks/tatoeba_en_es", 32),
+    "e2e": ("tasks/e2e_nlg", 80),
+    "mawps": ("tasks/mawps", 72),
+    "gsm8k": ("tasks/gsm8k", 160),
+    "preferences": ("preferences/gsm8k_solutions", 160),
 }
 DOMAINS = ("novels", "novels_eltec", "peps", "rust_rfcs", "factbook", "tinystories")
 LONGEST = 500  # tokens of a document: the base was pretrained on windows of 512
@@ -47,22 +48,37 @@ def rows(file: Path) -> list[dict[str, Any]]:
 def prepare(data: Path, out: Path, select: int, general: int, base: str) -> None:
     """Write the files of every task and the general text, unless they are there."""
     tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.model_max_length = 10**9  # rows and documents are cut here
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     told = {"select": select, "general": general, "vocabulary": vocabulary}
     if (file := out / "manifest.json").is_file():
         if (known := json.loads(file.read_text(encoding="utf-8"))) != told:
             raise typer.BadParameter(f"{out} was made with {known}, and now it is {told}: give another --out.")
         return
-    for name, folder in TASKS.items():
-        parts = split(rows(data / folder / "train.jsonl.gz"), rows(data / folder / "test.jsonl.gz"), select)
+    counts: dict[str, dict[str, int]] = {}
+    for name, (folder, longest) in TASKS.items():
+        learn, test = (
+            short(rows(data / folder / f"{part}.jsonl.gz"), tokenizer, longest) for part in ("train", "test")
+        )
+        parts = split(learn, test, select)
+        counts[name] = {part: len(found) for part, found in parts.items()}
         (out / name).mkdir(parents=True, exist_ok=True)
         for part, found in parts.items():
-            lines = (json.dumps(pair(r) if name == "preferences" else r, ensure_ascii=False) for r in found)
+            lines = (json.dumps(r, ensure_ascii=False) for r in found)
             write(out / name / f"{part}.jsonl", "".join(f"{line}\n" for line in lines))
-    tokenizer.model_max_length = 10**9  # documents are cut here
+    typer.echo(json.dumps(counts), err=True)
     texts = [text for name in DOMAINS for text in pieces(data / "lm" / f"{name}.valid.txt.xz", tokenizer, general)]
     write(out / "general.txt", "\n<|endoftext|>\n".join(texts))
     write(file, json.dumps(told, indent=1) + "\n")
+
+
+def short(found: list[dict[str, Any]], tokenizer: Any, longest: int) -> list[dict[str, Any]]:
+    """Rows as recipes read them, of at most `longest` tokens with each of their completions and the end."""
+    found = [pair(row) if "chosen" in row else row for row in found]
+    texts = [f"{row['prompt']}\n{row[key]}" for row in found for key in ("completion", "rejected") if key in row]
+    lengths = iter([len(ids) + 1 for ids in tokenizer(texts)["input_ids"]])
+    most = [max(next(lengths) for key in ("completion", "rejected") if key in row) for row in found]
+    return [row for row, length in zip(found, most, strict=True) if length <= longest]
 
 
 def split(learn: list[dict[str, Any]], test: list[dict[str, Any]], select: int) -> dict[str, list[dict[str, Any]]]:

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
+import card
 import torch
+import transformers
 import typer
 from datasets import Dataset, concatenate_datasets
 from transformers import (
@@ -96,7 +99,7 @@ def main(
     if finish:
         if last is None:
             raise typer.BadParameter(f"{out} has no checkpoint: train first.")
-        write(Path(last), tokenizer, data, out / "model")
+        write(Path(last), tokenizer, data, out / "model", seed)
         return
     lm = data / "lm"
     files = [next(f for f in (lm / f"{n}.train.txt.xz", lm / f"{n}.txt.xz") if f.is_file()) for n in TRAINED_ON]
@@ -126,8 +129,8 @@ def main(
     Trainer(model, args, labelled, rows).train(resume_from_checkpoint=last)
 
 
-def write(checkpoint: Path, tokenizer: Any, data: Path, out: Path) -> None:
-    """bf16 weights, the tokenizer, the loss curve and perplexities of text that was not trained on."""
+def write(checkpoint: Path, tokenizer: Any, data: Path, out: Path, seed: int) -> None:
+    """bf16 weights, the tokenizer, the loss curve, perplexities of text that was not trained on, and the card."""
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     found = {}
     for name in MEASURED_ON:
@@ -137,9 +140,17 @@ def write(checkpoint: Path, tokenizer: Any, data: Path, out: Path) -> None:
     model.config.max_position_embeddings = tokenizer.model_max_length = WINDOW
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    curve = [{k: line[k] for k in ("step", "loss", "learning_rate")} for line in history if "loss" in line]
-    (out / "training.json").write_text(json.dumps({"held_out": found, "curve": curve}, indent=1) + "\n")
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    curve = [
+        {k: float(line[k]) for k in ("step", "loss", "learning_rate")}
+        for line in state["log_history"]
+        if "loss" in line
+    ]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    told = {"held_out": found, "curve": curve, "steps": state["global_step"], "window": WINDOW, "seed": seed}
+    told |= {"device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+    (out / "training.json").write_text(json.dumps(told, indent=1) + "\n")
+    card.write(out, model.config, model.num_parameters(), told)
     for name, line in found.items():
         typer.echo(f"{name:16} {line['nats_per_token']:.3f} nats, perplexity {line['perplexity']:.1f}")
 

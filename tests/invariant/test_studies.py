@@ -1,11 +1,10 @@
-"""The questions of the study: recipes that are valid, methods and options that exist, and tables and figures of what comparisons write."""
+"""The study: recipes that are valid, methods and options that exist, and tables and figures of what comparisons write."""
 
 from __future__ import annotations
 
 import csv
 import json
 import runpy
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from finetooth.contest import contenders
 from finetooth.recipe import MethodPart, parse
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
-QUESTIONS = sorted(STUDIES.glob("?-*.yaml"))
-SIZES = yaml.safe_load((STUDIES / "sizes.yaml").read_text(encoding="utf-8"))
-KEYS = {"recipes", "methods", "keep", "set", "rates", "runner", "alone", "number", "curve", "equal"}
+POOL, QUESTIONS, SIZES = (
+    yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("pool", "questions", "sizes")
+)
 
 pytest.importorskip("scipy", reason="intervals: pip install 'finetooth[dev]'")
 pytest.importorskip("matplotlib", reason="the figures: pip install 'finetooth[dev]'")
@@ -31,26 +30,33 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
     return lambda name: runpy.run_path(str(STUDIES / name))
 
 
-def test_there_are_six_questions() -> None:
-    assert [path.name[0] for path in QUESTIONS] == list("123456")
-
-
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("path", QUESTIONS, ids=lambda path: path.stem)
-def test_a_question_is_comparisons_that_could_run(path: Path, size: str, script: Any, tmp_path: Path) -> None:
-    asked = yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert set(asked) == {"question", "parts"}
-    for part in asked["parts"].values():
-        assert set(part) <= KEYS and {"recipes", "methods"} <= set(part)
+def test_the_pool_is_comparisons_that_could_run(size: str, script: Any, tmp_path: Path) -> None:
+    for part in POOL.values():
+        assert set(part) <= {"recipes", "methods", "set", "rates", "runner", "alone"}
         assert "runner" not in part or (STUDIES / part["runner"]).is_file()
-    for found in script("run.py")["comparisons"](path, SIZES[size], tmp_path, set(), set()):
-        _, file, *changes = found.command[: found.command.index("--methods")]
+    found = list(script("run.py")["comparisons"](POOL, SIZES[size], tmp_path, set()))
+    assert len(found) == sum(len(part["recipes"]) for part in POOL.values())
+    for one in found:
+        _, file, *changes = one.command[: one.command.index("--methods")]
         raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         recipes.override(raw, changes)
         assert parse(raw).train.max_steps == SIZES[size]["steps"]
-        words = dict(zip(found.command[len(changes) + 2 :: 2], found.command[len(changes) + 3 :: 2], strict=True))
-        keeps = [float(share) for share in words.get("--keep", "").split(",") if share]
-        assert len(contenders(words["--methods"].split(","), keeps, MethodPart())) == found.contenders
+        words = dict(zip(one.command[len(changes) + 2 :: 2], one.command[len(changes) + 3 :: 2], strict=True))
+        assert len(contenders(words["--methods"].split(","), [], MethodPart())) == one.contenders
+
+
+def test_questions_read_what_the_pool_has(script: Any) -> None:
+    assert [name[0] for name in QUESTIONS] == list("123456")
+    parts = script("readings.py")["PARTS"]
+    for question in QUESTIONS.values():
+        for name, table in question.items():
+            if name == "question":
+                continue
+            trained = [m for part in table.get("parts", parts) for m in POOL[part]["methods"]]
+            assert set(table.get("contenders", [])) <= set(trained), name
+            assert set(table.get("methods", [])) <= {m.split(":")[0] for m in trained}, name
+            assert set(table) <= {"kind", "contenders", "methods", "parts", "number", "over", "edges"}
 
 
 @pytest.mark.parametrize("path", sorted((STUDIES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -61,35 +67,64 @@ def test_recipes_are_valid(path: Path) -> None:
 def test_counts_on_the_page(script: Any, tmp_path: Path) -> None:
     page = (STUDIES / "README.md").read_text(encoding="utf-8")
     comparisons = script("run.py")["comparisons"]
-    for size in ("small", "full"):
-        counts = [[c.runs(SIZES[size]) for c in comparisons(q, SIZES[size], tmp_path, set(), set())] for q in QUESTIONS]
-        cells = [f"{sum(a for a, _ in own):,} – {sum(b for _, b in own):,}" for own in [*counts, list(chain(*counts))]]
-        assert f"| `{size}` | {' | '.join(cells)} |" in page
+    for part in POOL:
+        cells = []
+        for size in ("small", "full"):
+            counts = [c.runs(SIZES[size]) for c in comparisons(POOL, SIZES[size], tmp_path, {part})]
+            least, most = (sum(n) for n in zip(*counts, strict=True))
+            cells.append(f"{least:,}" if least == most else f"{least:,} – {most:,}")
+        assert f"| {' | '.join(cells)} |" in next(line for line in page.splitlines() if line.startswith(f"| `{part}`"))
 
 
-def run(contender: str, method: str, keep: float | None, seed: int, loss: float) -> dict[str, Any]:
+def final(contender: str, seed: int, loss: float, size: float, lr: float = 1e-3) -> dict[str, Any]:
+    method, _, keep = contender.partition(":keep=")
     return {
-        **{"contender": contender, "method": method, "keep": keep, "lr": 1e-3, "seed": seed, "stage": "final"},
-        **{"error": "", "task_loss": loss, "forgetting": 0.1 * seed, "delta_bytes": 100, "share": keep or 1.0},
+        **{"contender": contender, "method": method, "keep": float(keep) if keep else None, "lr": lr, "seed": seed},
+        **{
+            "stage": "final",
+            "error": "",
+            "task_loss": loss,
+            "forgetting": 0.1 * seed,
+            "delta_bytes": size,
+            "share": 1.0,
+        },
     }
 
 
+def written(folder: Path, part: str, rows: list[dict[str, Any]]) -> None:
+    (folder / part / "banking77").mkdir(parents=True)
+    (folder / part / "banking77" / "compare.json").write_text(json.dumps({"runs": rows}))
+
+
 def test_tables_and_figures(script: Any, tmp_path: Path) -> None:
-    """Differences are from `random` with the same budget, and there is none where no budget is the same."""
-    rows = []
+    """Differences are from the first that is named, or from `random` of the same bin of bytes; there is none where that was not run."""
+    out = tmp_path / "small"
+    core, budgets = [], []
     for seed in range(3):
-        for keep, better in ((0.01, 0.3), (0.1, 0.5)):
-            rows.append(run(f"random:keep={keep}", "random", keep, seed, 1.0 + seed))
-            rows.append(run(f"gmt:keep={keep}", "gmt", keep, seed, 1.0 + seed - better))
-        rows.append(run("full", "full", None, seed, 0.5))
-    folder = tmp_path / "tasks" / "banking77"
-    folder.mkdir(parents=True)
-    (folder / "compare.json").write_text(json.dumps({"runs": rows}))
-    written = script("figures.py")["draw"](STUDIES / "5-front.yaml", tmp_path)
-    assert [Path(file).name for file in written] == ["tables.csv", "tasks.svg", "tasks-curve.svg"]
-    with (tmp_path / "tables.csv").open() as file:
-        found = {row["contender"]: row for row in csv.DictReader(file)}
-    assert float(found["gmt:keep=0.01"]["task_loss_difference"]) == pytest.approx(-0.3)
-    assert float(found["gmt:keep=0.1"]["task_loss_difference"]) == pytest.approx(-0.5)
-    assert found["full"]["task_loss_difference"] == "" == found["random:keep=0.01"]["task_loss_difference"]
-    assert b"gmt:keep=0.1" in (tmp_path / "tasks.svg").read_bytes()
+        core += [final("full", seed, 0.5 + 0.1 * seed, 2e7), final("gmt:keep=0.5", seed, 0.4 + 0.1 * seed, 2e7)]
+        core += [final("random:keep=0.02", seed, 1.0 + seed, 4e5), final("dst:keep=0.02", seed, 0.7 + seed, 5e5)]
+        budgets += [final("dst:keep=0.005", seed, 0.9 + seed, 1e5)]
+    core += [{**final("full", 0, 9.0, 2e7), "stage": "sweep"}, {**final("full", 3, 9.0, 2e7), "error": "it diverged"}]
+    written(out, "core", core)
+    written(out, "budgets", budgets)
+    names = [Path(file).name for file in script("figures.py")["draw"](out)]
+    assert names[:2] == ["runs.csv", "tables.csv"]
+    assert {"1-gmt-rows.svg", "1-gmt-keep.svg", "2-dst-bytes.svg", "5-front-front.svg"} <= set(names)
+    with (out / "tables.csv").open() as file:
+        table = list(csv.DictReader(file))
+
+    def cell(name: str, contender: str, key: str) -> str:
+        return next(row[key] for row in table if (row["table"], row["contender"]) == (name, contender))
+
+    assert float(cell("rows", "gmt:keep=0.5", "task_loss_difference")) == pytest.approx(-0.1)
+    assert cell("rows", "gmt:keep=0.5", "runs") == "3" == cell("rows", "full", "runs")
+    assert float(cell("front", "dst:keep=0.02", "task_loss_difference")) == pytest.approx(-0.3)
+    assert (
+        cell("front", "dst:keep=0.005", "task_loss_difference") == "" and cell("front", "dst:keep=0.005", "bin") == "1"
+    )
+    assert not [
+        row for row in table if row["table"] in ("steps", "equal-bytes", "time")
+    ]  # without what they compare with
+    assert b"gmt:keep=0.5" in (out / "1-gmt-rows.svg").read_bytes()
+    with (out / "runs.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(core) + len(budgets)

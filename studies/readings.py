@@ -1,0 +1,143 @@
+"""What the study says, as numbers: runs of the pool put together for one table of a question.
+
+    differences   every contender, and its paired differences from the first that is named
+    curve         every budget of some methods
+    bins          contenders by their stored bytes: who is on the front of its bin, and the differences from `random` in it
+    equal         forgetting at the same task loss: a second contender against a first, both trained at several rates
+
+A table is rows of one shape, whatever its kind; every difference is within a seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from finetooth import tally
+
+PARTS = ("core", "budgets")
+Row = dict[str, Any]
+Lines = dict[str, list[Row]]  # recipe -> a line for each contender
+
+
+def runs(out: Path, parts: Sequence[str], recipe: str) -> list[Row]:
+    """The final runs of a recipe that ended well; one that several parts have is there once."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for part in parts:
+        file = out / part / recipe / "compare.json"
+        for row in json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else []:
+            if row["stage"] == "final" and not row["error"]:
+                found.setdefault((row["contender"], row["lr"], row["seed"]), row)
+    return list(found.values())
+
+
+def read(out: Path, pool: Mapping[str, Any], asked: Mapping[str, Any]) -> Lines:
+    """A table of a question, as far as it has been run."""
+    parts = asked.get("parts", PARTS)
+    recipes = dict.fromkeys(recipe for part in parts for recipe in pool[part]["recipes"])
+    found = {recipe: runs(out, parts, recipe) for recipe in recipes}
+    lines = {recipe: _table(rows, asked) for recipe, rows in found.items() if rows}
+    return {recipe: own for recipe, own in lines.items() if own}
+
+
+def _table(rows: list[Row], asked: Mapping[str, Any]) -> list[Row]:
+    named = asked.get("contenders")
+    if asked["kind"] == "equal":
+        return equal(rows, *named)
+    if asked["kind"] == "bins":
+        return bins(rows, asked["edges"])
+    if named:
+        rows = sorted((r for r in rows if r["contender"] in named), key=lambda r: named.index(r["contender"]))
+    if "methods" in asked:
+        rows = [r for r in rows if r["method"] in asked["methods"]]
+    if named and rows and rows[0]["contender"] != named[0]:
+        return []  # what the others are compared with has not been run
+    lines = known(rows, tally.summary(rows))
+    return lines if len(lines) > 1 else []
+
+
+def known(rows: Iterable[Row], lines: Iterable[Row]) -> list[Row]:
+    """Lines with the method and the budget of their contender."""
+    about = {row["contender"]: {"method": row["method"], "keep": row["keep"]} for row in rows}
+    return [{**about[line["contender"]], **line} for line in lines]
+
+
+def bins(rows: Sequence[Row], edges: Sequence[float]) -> list[Row]:
+    """Lines of contenders bin by bin of their stored bytes, with the front of each and the differences from its largest `random`.
+
+    >>> made = [("random:keep=0.1", 2.0), ("grad:keep=0.1", 1.5), ("gmt", 1.0)]
+    >>> rows = [{"contender": c, "method": c.split(":")[0], "keep": None, "lr": 1.0, "seed": 0, "error": "", "task_loss": x,
+    ...          "forgetting": 1.0, "delta_bytes": 9e6 if c == "gmt" else 1e5} for c, x in made]
+    >>> [(r["contender"], r["bin"], r["front"], r["task_loss_difference"]) for r in bins(rows, [0, 1e6, 1e9])]
+    [('random:keep=0.1', 0, False, None), ('grad:keep=0.1', 0, True, -0.5), ('gmt', 1, True, None)]
+    """
+    size = {line["contender"]: line["delta_bytes"] for line in tally.summary(rows)} if rows else {}
+    found = []
+    for i, (least, most) in enumerate(pairwise(edges)):
+        own = [r for r in rows if least <= size[r["contender"]] < most]
+        if not own:
+            continue
+        chance = sorted({r["contender"] for r in own if r["method"] == "random"}, key=lambda c: size[c])
+        lines = tally.summary(own, chance[-1] if chance else None)
+        if not chance:
+            lines = [{k: None if k.endswith(("_difference", "_interval")) else v for k, v in x.items()} for x in lines]
+        front = tally.front(lines, "task_loss")
+        found += [{"bin": i, "front": line["contender"] in front, **line} for line in known(own, lines)]
+    return found
+
+
+def equal(rows: Sequence[Row], first: str, second: str) -> list[Row]:
+    """How much more the second forgets than the first does at the same task loss, per seed, then with its interval.
+
+    The first one's forgetting is interpolated between its runs, by the logarithm of the task loss; rates above its best one are left out, as
+    they forget more for a worse loss. A run of the second whose loss lies outside says nothing.
+
+    >>> def made(c, lr, loss, forgotten): return {"contender": c, "lr": lr, "seed": 0, "task_loss": loss, "forgetting": forgotten}
+    >>> rows = [made("full", 1, 4.0, 0.0), made("full", 2, 1.0, 2.0), made("hft", 2, 2.0, 0.75)]
+    >>> line, = equal(rows, "full", "hft"); line["runs"], round(line["forgetting_difference"], 3)
+    (1, -0.25)
+    """
+    seeds: dict[int, list[float]] = {}
+    for seed in sorted({row["seed"] for row in rows}):
+        own = {c: [r for r in rows if r["seed"] == seed and r["contender"] == c] for c in (first, second)}
+        line = rising(own[first])
+        if differences := [
+            r["forgetting"] - at for r in rising(own[second]) if (at := between(line, r["task_loss"])) is not None
+        ]:
+            seeds[seed] = [sum(differences) / len(differences), len(differences)]
+    if not seeds:
+        return []
+    pairs = [
+        {"contender": c, "seed": s, "error": "", "lr": None, "forgetting": d * (c == second)}
+        for c in (first, second)
+        for s, (d, _) in seeds.items()
+    ]
+    found = tally.summary(pairs, first)[1]
+    return [
+        {
+            "contender": second,
+            "runs": int(sum(n for _, n in seeds.values())),
+            "forgetting_difference": found["forgetting_difference"],
+            "forgetting_interval": found["forgetting_interval"],
+        }
+    ]
+
+
+def rising(rows: Sequence[Row]) -> list[Row]:
+    """Runs by their rate, up to the one with the smallest loss."""
+    ordered = sorted(rows, key=lambda r: r["lr"])
+    best = min(ordered, key=lambda r: r["task_loss"], default=None)
+    return ordered[: ordered.index(best) + 1] if best is not None else []
+
+
+def between(line: Sequence[Row], loss: float) -> float | None:
+    """The forgetting of a line of runs at a task loss; None outside of it."""
+    for a, b in pairwise(line):
+        low, high, at = math.log(b["task_loss"]), math.log(a["task_loss"]), math.log(loss)
+        if low <= at <= high and low < high:
+            return float(a["forgetting"] + (b["forgetting"] - a["forgetting"]) * (high - at) / (high - low))
+    return None
