@@ -38,6 +38,7 @@ from finetooth.files import whole
 from finetooth.recipe import Recipe, RecipeError
 
 Stage = Literal["base", "sweep", "final"]
+GENERATING = ("exact_match", "bleu", "rouge")
 State = Literal["waits", "runs", "ended", "failed"]
 # The run, its stage, what has become of it, and its task loss; None is the measuring of the base.
 Progress = Callable[[Entry | None, Stage, State, float | None], None]
@@ -179,7 +180,10 @@ def _recipe(plan: Plan, entry: Entry, stage: Stage) -> Recipe:
     recipe = entry.recipe(plan.common, (plan.out / "runs" / name).resolve())
     if not name.endswith("-select"):
         return recipe
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"eval": plan.select})})
+    update: dict[str, Any] = {"data": recipe.data.model_copy(update={"eval": plan.select})}
+    if recipe.evaluate.task in GENERATING:  # the loss decides
+        update["evaluate"] = recipe.evaluate.model_copy(update={"task": "loss"})
+    return recipe.model_copy(update=update)
 
 
 def _prepared(plan: Plan, entry: Entry, stage: Stage) -> None:

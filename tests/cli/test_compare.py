@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finetooth import tally
+from finetooth import compare, tally
 from finetooth.cli.board import Board
 from finetooth.cli.main import app
 from finetooth.contest import Entry, contender, contenders
-from finetooth.recipe import MethodPart
+from finetooth.recipe import MethodPart, parse
 from tests.cli.test_train import recipe, runner
 
 pytest.importorskip("scipy", reason="intervals: pip install 'finetooth[dev]'")
@@ -181,6 +181,16 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert result.exit_code == 1 and [bool(r["error"]) for r in found["runs"]] == [True, True]
     assert "2 of 2 runs failed" in found["remarks"][0] and "empty.jsonl" in found["remarks"][0]
+
+
+def test_nothing_is_generated_where_the_loss_decides(tmp_path: Path) -> None:
+    rows = tmp_path / "dev.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    common = parse({"model": "m", "output": "o", "data": {"train": "t", "eval": "e"}, "evaluate": {"task": "bleu"}})
+    plan = compare.planned(common, {"methods": "full", "lr": "1e-3,1e-2", "keep": ""}, select=rows, out=tmp_path / "c")
+    swept, final = (compare._recipe(plan, Entry(plan.contenders[0], 1e-3, 0), stage) for stage in ("sweep", "final"))
+    assert (swept.evaluate.task, swept.data.eval) == ("loss", str(rows))
+    assert (final.evaluate.task, final.data.eval) == ("bleu", "e")
 
 
 def test_budgets_are_for_methods_that_have_one() -> None:
