@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from safetensors import safe_open
+from transformers import AutoConfig
 
 from finetooth import recipe as recipes
 from finetooth.contest import contenders
@@ -74,6 +77,19 @@ def test_counts_on_the_page(script: Any, tmp_path: Path) -> None:
             least, most = (sum(n) for n in zip(*counts, strict=True))
             cells.append(f"{least:,}" if least == most else f"{least:,} – {most:,}")
         assert f"| {' | '.join(cells)} |" in next(line for line in page.splitlines() if line.startswith(f"| `{part}`"))
+
+
+def test_the_card_of_the_base_says_what_was_measured(script: Any, tmp_path: Path) -> None:
+    base = STUDIES / "base" / "model"
+    if not base.is_dir():
+        pytest.skip("the weights are in the repository alone")
+    config, told = AutoConfig.from_pretrained(base), json.loads((base / "training.json").read_text(encoding="utf-8"))
+    with safe_open(base / "model.safetensors", "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no mapping
+        assert {file.get_slice(name).get_dtype() for name in shapes} == {"BF16"}
+    assert (base / "model.safetensors").stat().st_size < 40e6
+    script("base/card.py")["write"](tmp_path, config, sum(math.prod(s) for s in shapes.values()), told)
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == (base / "README.md").read_text(encoding="utf-8")
 
 
 def final(contender: str, seed: int, loss: float, size: float, lr: float = 1e-3) -> dict[str, Any]:
