@@ -1,7 +1,9 @@
 """The tables and figures of the study, from what its comparisons wrote; `readings.py` has the numbers.
 
-    python studies/figures.py --out runs/study/small            # draws what is there
+    python studies/figures.py --out runs/study/small                          # draws what is there
+    python studies/figures.py --out runs/study/small --to studies/results     # elsewhere
 
+tables.md           for readers, `pages.py`
 tables.csv          a row for each question, table, recipe and contender
 runs.csv            every run of the pool, those of the sweeps too
 QUESTION-TABLE.svg  differences with their 95 % interval; over a budget; or learning against forgetting, a column for each bin of bytes
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import matplotlib
+import pages
 import typer
 import yaml
 from matplotlib.figure import Figure
@@ -26,9 +29,12 @@ STYLE = {"svg.hashsalt": "finetooth", "svg.fonttype": "none", "font.family": "sa
 MARKS = "osD^vP*Xph<>d8H1"
 
 
-def main(out: Annotated[Path, typer.Option(help="The folder of a size of the study.")]) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="The folder of a size of the study.")],
+    to: Annotated[Path | None, typer.Option(help="Where to write, if not there.")] = None,
+) -> None:
     """Draw what has been run."""
-    typer.echo("\n".join(draw(out)))
+    typer.echo("\n".join(draw(out, to)))
 
 
 def sources() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -44,17 +50,19 @@ def tenth(steps: int, found: Any) -> Any:
 
 
 @matplotlib.rc_context(STYLE)
-def draw(out: Path) -> list[str]:
+def draw(out: Path, to: Path | None = None) -> list[str]:
     """Write them; their names."""
     pool, questions, sizes = sources()
-    pool, questions = (tenth(sizes[out.name]["steps"], found) for found in (pool, questions))
+    steps, to = sizes[out.name]["steps"], to or out
+    pool, questions = tenth(steps, pool), tenth(steps, questions)
+    to.mkdir(parents=True, exist_ok=True)
     table: list[Row] = []
     figures: list[Path] = []
     for question, asked in questions.items():
         for name, how in asked.items():
             if name == "question" or not (lines := read(out, pool, how)):
                 continue
-            file = out / f"{question}-{name}.svg"
+            file = to / f"{question}-{name}.svg"
             table += [
                 {"question": question, "table": name, "recipe": recipe, **line}
                 for recipe, own in lines.items()
@@ -71,7 +79,10 @@ def draw(out: Path) -> list[str]:
         if (file := out / part / recipe / "compare.json").is_file()
         for row in json.loads(file.read_text(encoding="utf-8"))["runs"]
     ]
-    written = [_csv(out / "runs.csv", every), _csv(out / "tables.csv", table)] if table else []
+    if not table:
+        return []
+    (to / "tables.md").write_text(pages.page(table, questions, out.name, steps), encoding="utf-8")
+    written = [_csv(to / "runs.csv", every), _csv(to / "tables.csv", table), to / "tables.md"]
     return [str(file) for file in written + figures]
 
 

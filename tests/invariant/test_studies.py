@@ -124,7 +124,7 @@ def test_tables_and_figures(script: Any, tmp_path: Path) -> None:
     written(out, "core", core)
     written(out, "budgets", budgets)
     names = [Path(file).name for file in script("figures.py")["draw"](out)]
-    assert names[:2] == ["runs.csv", "tables.csv"]
+    assert names[:3] == ["runs.csv", "tables.csv", "tables.md"]
     assert {"1-gmt-rows.svg", "1-gmt-keep.svg", "2-dst-bytes.svg", "5-front-front.svg"} <= set(names)
     with (out / "tables.csv").open() as file:
         table = list(csv.DictReader(file))

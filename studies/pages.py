@@ -1,0 +1,81 @@
+"""The tables of the study as a page: what `tables.csv` has, for readers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetooth import tally
+
+Row = Mapping[str, Any]
+TOLD = {
+    "differences": "Differences from the first line.",
+    "curve": "Differences from the first line.",
+    "bins": "Differences from `random` in the same bin of stored bytes; **bold** is on the front of its bin.",
+    "equal": "Forgetting at the same task loss, from runs at several rates.",
+}
+
+
+def page(table: Sequence[Row], questions: Mapping[str, Any], size: str, steps: int) -> str:
+    """Every question with its tables, one for each recipe."""
+    parts = [
+        "# The tables of the study\n",
+        f"Size `{size}`: {steps} steps of each run. Mean ± standard deviation over seeds; after a semicolon, the mean of differences within a seed "
+        "with its 95 % interval. Losses and forgetting are in nats a token, less is better. `lr`: the best rate by the task loss on other rows.\n",
+        f"`python studies/figures.py --out runs/study/{size} --to studies/results` writes this page.\n",
+    ]
+    for question, asked in questions.items():
+        own = [row for row in table if row["question"] == question]
+        if own:
+            parts.append(f"## {question[0]}. {asked['question']}\n")
+        for name, recipe in dict.fromkeys((row["table"], row["recipe"]) for row in own):
+            how = asked[name]
+            rows = [row for row in own if (row["table"], row["recipe"]) == (name, recipe)]
+            parts.append(f"### {name}, {recipe}\n")
+            parts.append(f"{TOLD[how['kind']]} [Figure]({question}-{name}.svg)\n")
+            parts.append(_table(rows, how.get("number", "task_loss"), how["kind"]))
+    return "\n".join(parts)
+
+
+def _table(rows: Sequence[Row], number: str, kind: str) -> str:
+    if kind == "equal":
+        lines = [f"| {row['contender']} | {row['runs']} | {_difference(row, 'forgetting')} |" for row in rows]
+        return _joined(["contender", "runs compared", "forgetting: difference"], lines)
+    more = [k for k in tally.HIGHER if any(row.get(k) is not None for row in rows)][:1]
+    keys = list(dict.fromkeys([number, "task_loss", *more, "forgetting"]))
+    lines = []
+    for row in rows:
+        label = f"**{row['contender']}**" if row.get("front") else row["contender"]
+        cells = [label, f"{row['lr']:g}", str(row["runs"]), *(_cell(row, key) for key in keys)]
+        cells.append("–" if row.get("delta_bytes") is None else f"{row['delta_bytes'] / 1e3:,.0f}")
+        lines.append(f"| {' | '.join([*([str(row['bin'])] if kind == 'bins' else []), *cells])} |")
+    heads = ["contender", "lr", "seeds", *(key.replace("_", " ") for key in keys), "stored kB"]
+    return _joined([*(["bin"] if kind == "bins" else []), *heads], lines)
+
+
+def _joined(heads: Sequence[str], lines: Sequence[str]) -> str:
+    rule = ["---" if head in ("contender", "bin") else "---:" for head in heads]
+    return "\n".join([f"| {' | '.join(heads)} |", f"|{'|'.join(rule)}|", *lines]) + "\n"
+
+
+def _cell(row: Row, key: str) -> str:
+    """Mean and spread, then the difference.
+
+    >>> _cell({"x": 1.0, "x_sd": 0.25, "x_difference": -0.5, "x_interval": 0.125}, "x")
+    '1.000 ± 0.250; −0.500 ± 0.125'
+    """
+    if row.get(key) is None:
+        return "–"
+    spread = "" if row.get(f"{key}_sd") is None else f" ± {_short(row[f'{key}_sd'])}"
+    difference = "" if row.get(f"{key}_difference") is None else f"; {_difference(row, key)}"
+    return f"{_short(row[key])}{spread}{difference}"
+
+
+def _difference(row: Row, key: str) -> str:
+    half = row.get(f"{key}_interval")
+    return _short(row[f"{key}_difference"]) + ("" if half is None else f" ± {_short(half)}")
+
+
+def _short(number: float) -> str:
+    digits = 3 if abs(number) < 10 else 1
+    return f"{number:.{digits}f}".replace("-", "−")
