@@ -266,10 +266,28 @@ def peaks(args: argparse.Namespace, run: dict[str, Any]) -> Iterator[dict[str, A
                       whole_mb=args.tensors * largest / 2**20)  # fmt: skip
 
 
-def child(job: str, root: Path) -> int:
-    """Bytes that a job holds at its peak over what the process held before it."""
+def small(root: Path) -> None:
+    """Apply, verify and revert sixteen weights."""
+    from safetensors.torch import save_file
+
     from finetooth.delta import Delta, apply_folder
 
+    base = {"weight": torch.ones(4, 4, dtype=torch.bfloat16)}
+    (root / "base").mkdir()
+    save_file(base, root / "base" / "model.safetensors")
+    Delta.extract({"weight": 2 * base["weight"]}, base, keep_base=False).save(root / "delta", against=base)
+    delta = Delta.load(root / "delta")
+    apply_folder(root / "base", root / "applied", delta, inverse=root / "inverse")
+    delta.verify(root / "applied", quick=False)
+    apply_folder(root / "applied", root / "reverted", Delta.load(root / "inverse"))
+
+
+def child(job: str, root: Path) -> int:
+    """Bytes that a job holds at its peak over what the process held before it: its code, loaded by a small job, and the open delta."""
+    from finetooth.delta import Delta, apply_folder
+
+    with tempfile.TemporaryDirectory() as name:
+        small(Path(name))
     delta = Delta.load(root / "delta")
     (Path("/proc/self") / "clear_refs").write_text("5")
     before = status("VmHWM")
