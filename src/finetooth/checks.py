@@ -72,7 +72,7 @@ def check_finite(weights: Mapping[str, Tensor], sharded: bool = False) -> None:
     """Weights that are no numbers, on any rank: what they make of the loss would be blamed on the data."""
     held = {n: shards.local(p) for n, p in weights.items()}
     floats = {n: p for n, p in held.items() if p.is_floating_point() and p.element_size() > 1 and not p.is_meta}
-    bad = [int((~torch.isfinite(p)).sum()) for p in floats.values()]
+    bad = [int((~torch.isfinite(p)).count_nonzero()) for p in floats.values()]
     if sharded and bad:
         bad = shards.counts(bad, next(iter(floats.values())).device).sum(0).tolist()
     for name, n in zip(floats, bad, strict=True):

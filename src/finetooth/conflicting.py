@@ -84,13 +84,13 @@ def _counted(step: Step) -> Overlap:
     index, times = torch.unique(torch.cat([m.index for m in moves]), return_counts=True)
     shared = times > 1
     if step.tensor is None:
-        return Overlap(step.name, len(index), int(shared.sum()), None)
+        return Overlap(step.name, len(index), int(shared.count_nonzero()), None)
     up, down = (torch.zeros(len(index), dtype=torch.bool) for _ in range(2))
     for m in moves:
         at, sign = torch.searchsorted(index, m.index), m.difference().sign()
         up[at] |= sign > 0
         down[at] |= sign < 0
-    return Overlap(step.name, len(index), int(shared.sum()), int((up & down).sum()))
+    return Overlap(step.name, len(index), int(shared.count_nonzero()), int((up & down).count_nonzero()))
 
 
 def _added(name: str, found: Sequence[Overlap]) -> Overlap:

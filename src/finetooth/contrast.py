@@ -69,9 +69,9 @@ def _compared(step: Step) -> Contrast:
     empty = torch.empty(0, dtype=torch.int64)
     ours, its = (empty if m is None else m.index for m in (a, b))
     shared = torch.isin(ours, its)
-    both, same = int(shared.sum()), 0
+    both, same = int(shared.count_nonzero()), 0
     if a is not None and b is not None:
-        same = int((bits(a.new)[shared] == bits(b.new)[torch.isin(its, ours)]).sum())
+        same = int((bits(a.new)[shared] == bits(b.new)[torch.isin(its, ours)]).count_nonzero())
     products = None
     if step.tensor is not None:
         x, y = (empty.double() if m is None else m.difference().double() for m in (a, b))

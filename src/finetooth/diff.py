@@ -24,6 +24,7 @@ from finetooth.units import Unit
 
 _MATRIX = (Unit("element"), Unit("row"), Unit("column"), Unit("matrix"))
 _VECTOR = (Unit("element"), Unit("matrix"))
+_PIECE = 1 << 18  # units that are written at a time
 _TWINS = 4  # so many names without a partner can be tied embeddings; more are another model
 
 
@@ -53,7 +54,7 @@ def change(name: str, old: Tensor, new: Tensor) -> tuple[Change, Tensor] | None:
     """What leads from `old` to `new` and the old values under it, in the cheapest unit; None if nothing does."""
     old, new = old.detach().cpu().contiguous(), new.detach().cpu().contiguous()
     differs = bits(old) != bits(new)
-    changed = int(differs.sum())
+    changed = int(differs.count_nonzero())  # a sum of flags takes eight bytes for each
     if changed == 0:
         return None
     selection = _cheapest(differs, old.element_size())
@@ -72,8 +73,10 @@ def gather(selection: Selection, x: Tensor) -> Tensor:
 def scatter_(selection: Selection, x: Tensor, values: Tensor) -> None:
     """`selection.scatter_` on the bits; `x` may be on another device, and need not be contiguous."""
     if x.is_contiguous():
-        there = Selection(selection.index.to(x.device), selection.unit, selection.shape)
-        there.scatter_(bits(x), bits(values.to(x.device)))
+        size = _PIECE if x.device.type == "cpu" else max(1, len(selection))  # torch takes ids in int64, which need room
+        for ids, new in zip(selection.index.split(size), values.split(size), strict=True):
+            there = Selection(ids.to(x.device), selection.unit, selection.shape)
+            there.scatter_(bits(x), bits(new.to(x.device)))
     else:
         whole = x.contiguous()
         scatter_(selection, whole, values)
@@ -86,7 +89,7 @@ def _cheapest(differs: Tensor, itemsize: int) -> Selection:
     for unit in _MATRIX if len(shape) > 1 else _VECTOR:
         hit = differs if unit.kind == "element" else unit.grid(differs).any(-1)
         width = 4 if unit.count(shape) <= 2**31 else 8
-        cost = int(hit.sum()) * (width + unit.numel(shape) * itemsize)
+        cost = int(hit.count_nonzero()) * (width + unit.numel(shape) * itemsize)
         if best is None or cost < price:
             best, price = (unit, hit, width), cost
     assert best is not None

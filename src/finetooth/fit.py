@@ -95,7 +95,7 @@ def promised(name: str, change: Change, old: Tensor, t: Tensor | None) -> Tensor
     Where `t` is None, only the values are looked at.
     """
     new = change.new(old)
-    changed = int((bits(old.cpu()) != bits(new)).sum())
+    changed = int((bits(old.cpu()) != bits(new)).count_nonzero())
     if changed != change.changed:
         raise DeltaError(f"the delta says that it changes {change.changed} entries of '{name}': it changes {changed}.")
     if t is not None:

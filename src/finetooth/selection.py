@@ -146,7 +146,7 @@ def _choose_units(rule: Rule, members: list[Weight], k: int) -> dict[str, Select
         free = (
             _units(rule, members)
             - k
-            - sum(int((~a).sum()) for a in _allowed(rule, members, members[0].value.device) or ())
+            - sum(int((~a).count_nonzero()) for a in _allowed(rule, members, members[0].value.device) or ())
         )
         dropped = max(0, min(round(rule.exchange.turnover(members[0].step) * k), free))
         stay = _top_of(rule, members, among(rule.exchange.stay, True), k - dropped)

@@ -149,8 +149,8 @@ def _counted(change: Change, old: Tensor, q: Callable[[Tensor], Tensor]) -> dict
     if fingerprint(new) != change.result:
         raise WrongBase(f"the new values do not give the tensor that the delta promises ({change.result}).")
     changed, after = bits(old) != bits(new), q(old) != q(new)
-    kept = int((changed & after).sum())
-    return {"changed": int(changed.sum()), "survived": kept, "moved": int(after.sum()) - kept}
+    kept = int((changed & after).count_nonzero())
+    return {"changed": int(changed.count_nonzero()), "survived": kept, "moved": int(after.count_nonzero()) - kept}
 
 
 def _parts(held: Base, base: Any) -> Mapping[str, anatomy.Part]:
