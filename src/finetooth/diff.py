@@ -74,7 +74,7 @@ def scatter_(selection: Selection, x: Tensor, values: Tensor) -> None:
     """`selection.scatter_` on the bits; `x` may be on another device, and need not be contiguous."""
     if x.is_contiguous():
         size = _PIECE if x.device.type == "cpu" else max(1, len(selection))  # torch takes ids in int64, which need room
-        for ids, new in zip(selection.index.split(size), values.split(size), strict=True):
+        for ids, new in zip(torch.split(selection.index, size), torch.split(values, size), strict=True):
             there = Selection(ids.to(x.device), selection.unit, selection.shape)
             there.scatter_(bits(x), bits(new.to(x.device)))
     else:
