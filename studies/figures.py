@@ -1,7 +1,7 @@
 """The tables and figures of the study, from what its comparisons wrote; `readings.py` has the numbers.
 
     python studies/figures.py --out runs/study/small                          # draws what is there
-    python studies/figures.py --out runs/study/small --to studies/results     # elsewhere
+    python studies/figures.py --out runs/study/small --to studies/results     # elsewhere, with what is in runs.csv there of comparisons that are not in --out
 
 tables.md           for readers, `pages.py`
 tables.csv          a row for each question, table, recipe and contender
@@ -22,7 +22,7 @@ import pages
 import typer
 import yaml
 from matplotlib.figure import Figure
-from readings import Lines, Row, read
+from readings import Lines, Row, every, read, saved
 
 HERE = Path(__file__).parent
 STYLE = {"svg.hashsalt": "finetooth", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8}
@@ -56,11 +56,14 @@ def draw(out: Path, to: Path | None = None) -> list[str]:
     steps, to = sizes[out.name]["steps"], to or out
     pool, questions = tenth(steps, pool), tenth(steps, questions)
     to.mkdir(parents=True, exist_ok=True)
+    if not (rows := every(out, pool, to / "runs.csv")):
+        return []
+    rows = saved(_csv(to / "runs.csv", rows))  # as rounded there, so that the tables can be made again from it
     table: list[Row] = []
     figures: list[Path] = []
     for question, asked in questions.items():
         for name, how in asked.items():
-            if name == "question" or not (lines := read(out, pool, how)):
+            if name == "question" or not (lines := read(rows, pool, how)):
                 continue
             file = to / f"{question}-{name}.svg"
             table += [
@@ -72,18 +75,8 @@ def draw(out: Path, to: Path | None = None) -> list[str]:
             figure.savefig(file, metadata={"Date": None})
             file.write_text("".join(f"{line.rstrip()}\n" for line in file.read_text("utf-8").splitlines()), "utf-8")
             figures.append(file)
-    every = [
-        {"part": part, "recipe": recipe, **row}
-        for part, made in pool.items()
-        for recipe in made["recipes"]
-        if (file := out / part / recipe / "compare.json").is_file()
-        for row in json.loads(file.read_text(encoding="utf-8"))["runs"]
-    ]
-    if not table:
-        return []
     (to / "tables.md").write_text(pages.page(table, questions, out.name, steps), encoding="utf-8")
-    written = [_csv(to / "runs.csv", every), _csv(to / "tables.csv", table), to / "tables.md"]
-    return [str(file) for file in written + figures]
+    return [str(file) for file in (to / "runs.csv", _csv(to / "tables.csv", table), to / "tables.md", *figures)]
 
 
 def _figure(lines: Lines, how: dict[str, Any]) -> Figure:

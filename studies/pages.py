@@ -12,7 +12,7 @@ TOLD = {
     "differences": "Differences from the first line.",
     "curve": "Differences from the first line.",
     "bins": "Differences from `random` in the same bin of stored bytes; **bold** is on the front of its bin.",
-    "equal": "Forgetting at the same task loss, from runs at several rates.",
+    "equal": "How much more it forgets at the same task loss than `{}`, from runs at several rates.",
 }
 
 
@@ -32,7 +32,9 @@ def page(table: Sequence[Row], questions: Mapping[str, Any], size: str, steps: i
             how = asked[name]
             rows = [row for row in own if (row["table"], row["recipe"]) == (name, recipe)]
             parts.append(f"### {name}, {recipe}\n")
-            parts.append(f"{TOLD[how['kind']]} [Figure]({question}-{name}.svg)\n")
+            parts.append(
+                f"{TOLD[how['kind']].format(how.get('contenders', [''])[0])} [Figure]({question}-{name}.svg)\n"
+            )
             parts.append(_table(rows, how.get("number", "task_loss"), how["kind"]))
     return "\n".join(parts)
 

@@ -10,6 +10,7 @@ A table is rows of one shape, whatever its kind; every difference is within a se
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,27 +21,66 @@ from typing import Any
 from finetooth import tally
 
 PARTS = ("core", "budgets")
+TEXTS = (
+    "part",
+    "recipe",
+    "contender",
+    "method",
+    "stage",
+    "run",
+    "error",
+)  # the columns of `runs.csv` that are no numbers
 Row = dict[str, Any]
 Lines = dict[str, list[Row]]  # recipe -> a line for each contender
 
 
-def runs(out: Path, parts: Sequence[str], recipe: str) -> list[Row]:
+def every(out: Path, pool: Mapping[str, Any], kept: Path) -> list[Row]:
+    """All runs, part by part: those of the comparisons in `out`, and of the others what a `runs.csv` has of them."""
+    rows = saved(kept) if kept.is_file() else []
+    found = []
+    for part, recipe in ((part, recipe) for part, made in pool.items() for recipe in made["recipes"]):
+        file = out / part / recipe / "compare.json"
+        if file.is_file():
+            own = json.loads(file.read_text(encoding="utf-8"))["runs"]
+            found += [{"part": part, "recipe": recipe, **row} for row in own]
+        else:
+            found += [row for row in rows if (row["part"], row["recipe"]) == (part, recipe)]
+    return found
+
+
+def saved(file: Path) -> list[Row]:
+    """The rows of a `runs.csv`."""
+    with file.open(newline="", encoding="utf-8") as stream:
+        return [{k: v if k in TEXTS else _number(v) for k, v in row.items()} for row in csv.DictReader(stream)]
+
+
+def _number(text: str) -> float | int | None:
+    """What a cell says.
+
+    >>> [_number(text) for text in ("", "480123", "0.25", "3e-05")]
+    [None, 480123, 0.25, 3e-05]
+    """
+    if not text:
+        return None
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def runs(rows: Sequence[Row], parts: Sequence[str], recipe: str) -> list[Row]:
     """The final runs of a recipe that ended well; one that several parts have is there once."""
     found: dict[tuple[Any, ...], Row] = {}
-    for part in parts:
-        file = out / part / recipe / "compare.json"
-        for row in json.loads(file.read_text(encoding="utf-8"))["runs"] if file.is_file() else []:
-            if row["stage"] == "final" and not row["error"]:
-                found.setdefault((row["contender"], row["lr"], row["seed"]), row)
+    for row in (r for part in parts for r in rows if (r["part"], r["recipe"]) == (part, recipe)):
+        if row["stage"] == "final" and not row["error"]:
+            own = {k: v for k, v in row.items() if k not in ("part", "recipe")}
+            found.setdefault((row["contender"], row["lr"], row["seed"]), own)
     return list(found.values())
 
 
-def read(out: Path, pool: Mapping[str, Any], asked: Mapping[str, Any]) -> Lines:
+def read(rows: Sequence[Row], pool: Mapping[str, Any], asked: Mapping[str, Any]) -> Lines:
     """A table of a question, as far as it has been run."""
     parts = asked.get("parts", PARTS)
     recipes = dict.fromkeys(recipe for part in parts for recipe in pool[part]["recipes"])
-    found = {recipe: runs(out, parts, recipe) for recipe in recipes}
-    lines = {recipe: _table(rows, asked) for recipe, rows in found.items() if rows}
+    found = {recipe: runs(rows, parts, recipe) for recipe in recipes}
+    lines = {recipe: _table(own, asked) for recipe, own in found.items() if own}
     return {recipe: own for recipe, own in lines.items() if own}
 
 
@@ -101,30 +141,14 @@ def equal(rows: Sequence[Row], first: str, second: str) -> list[Row]:
     >>> line, = equal(rows, "full", "hft"); line["runs"], round(line["forgetting_difference"], 3)
     (1, -0.25)
     """
-    seeds: dict[int, list[float]] = {}
+    means, count = [], 0
     for seed in sorted({row["seed"] for row in rows}):
-        own = {c: [r for r in rows if r["seed"] == seed and r["contender"] == c] for c in (first, second)}
-        line = rising(own[first])
-        if differences := [
-            r["forgetting"] - at for r in rising(own[second]) if (at := between(line, r["task_loss"])) is not None
-        ]:
-            seeds[seed] = [sum(differences) / len(differences), len(differences)]
-    if not seeds:
-        return []
-    pairs = [
-        {"contender": c, "seed": s, "error": "", "lr": None, "forgetting": d * (c == second)}
-        for c in (first, second)
-        for s, (d, _) in seeds.items()
-    ]
-    found = tally.summary(pairs, first)[1]
-    return [
-        {
-            "contender": second,
-            "runs": int(sum(n for _, n in seeds.values())),
-            "forgetting_difference": found["forgetting_difference"],
-            "forgetting_interval": found["forgetting_interval"],
-        }
-    ]
+        line, others = (rising([r for r in rows if (r["seed"], r["contender"]) == (seed, c)]) for c in (first, second))
+        found = [(r["forgetting"], between(line, r["task_loss"])) for r in others]
+        if pairs := [forgotten - at for forgotten, at in found if at is not None]:
+            means.append(sum(pairs) / len(pairs))
+            count += len(pairs)
+    return [{"contender": second, "runs": count, **tally.difference("forgetting", means)}] if means else []
 
 
 def rising(rows: Sequence[Row]) -> list[Row]:

@@ -38,10 +38,10 @@ from finetooth.files import whole
 from finetooth.recipe import Recipe, RecipeError
 
 Stage = Literal["base", "sweep", "final"]
-GENERATING = ("exact_match", "bleu", "rouge")
 State = Literal["waits", "runs", "ended", "failed"]
 # The run, its stage, what has become of it, and its task loss; None is the measuring of the base.
 Progress = Callable[[Entry | None, Stage, State, float | None], None]
+_GENERATING = ("exact_match", "bleu", "rouge")  # tasks whose number needs more than a forward pass
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _recipe(plan: Plan, entry: Entry, stage: Stage) -> Recipe:
     if not name.endswith("-select"):
         return recipe
     update: dict[str, Any] = {"data": recipe.data.model_copy(update={"eval": plan.select})}
-    if recipe.evaluate.task in GENERATING:  # the loss decides
+    if recipe.evaluate.task in _GENERATING:  # the loss decides
         update["evaluate"] = recipe.evaluate.model_copy(update={"task": "loss"})
     return recipe.model_copy(update=update)
 

@@ -106,7 +106,7 @@ def _line(label: str, against: str, rows: Sequence[Row], numbers: Sequence[str])
         line[key] = statistics.fmean(values) if values else None
         line[f"{key}_sd"] = statistics.stdev(values) if len(values) > 1 else None
         pairs = [(own[s].get(key), other[s].get(key)) for s in own if s in other and label != against]
-        line |= _difference(key, [a - b for a, b in pairs if a is not None and b is not None])
+        line |= difference(key, [a - b for a, b in pairs if a is not None and b is not None])
     for key in COSTS:
         values = _numbers(own.values(), key)
         line[key] = statistics.median(values) if values else None
@@ -117,8 +117,8 @@ def _numbers(rows: Iterable[Row], key: str) -> list[float]:
     return [row[key] for row in rows if row.get(key) is not None]
 
 
-def _difference(key: str, pairs: Sequence[float]) -> dict[str, float | None]:
-    """Mean and half width of the interval; a single pair has none."""
+def difference(key: str, pairs: Sequence[float]) -> dict[str, float | None]:
+    """Mean of differences, one for each seed, and half the width of their interval; a single pair has none."""
     names = (f"{key}_difference", f"{key}_interval")
     if not pairs:
         return dict.fromkeys(names)

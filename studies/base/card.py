@@ -23,7 +23,7 @@ with methods, not for use.
 
 `python studies/base/pretrain.py --data ../shared/data --out runs/base`, then the same with `--finish`: {steps:,} steps of 16 windows of {window} tokens, {tokens:,}
 million tokens, seed {seed}; AdamW, learning rate 2e-3, 100 steps of warm-up, then a cosine to a tenth, weight decay 0.1, betas 0.9 and 0.95;
-bf16 autocast, weights rounded to bf16 at the end. On {device}, it was interrupted and gone on with several times.
+bf16 autocast, weights rounded to bf16 at the end; on {device}.
 The last logged training loss is {loss:.3f} nats a token.
 
 ![training loss](loss.svg)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetooth import codec
+from finetooth import codec, diff
 from finetooth.base import fingerprint
 from finetooth.delta import Delta, DeltaError, WrongBase
 from finetooth.diff import gather
@@ -52,8 +52,12 @@ def test_the_cheapest_unit_is_taken() -> None:
     "unit", [Unit(), Unit("row"), Unit("column"), Unit("block", 3), Unit("matrix"), Unit("layer")], ids=str
 )
 @pytest.mark.parametrize("shape", [(6, 4), (2, 6, 3)], ids=str)
-def test_every_unit_goes_through_a_file(tmp_path: Path, unit: Unit, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("piece", [2, 1 << 18], ids="{}-at-a-time".format)
+def test_every_unit_goes_through_a_file(
+    tmp_path: Path, unit: Unit, shape: tuple[int, ...], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Extract chooses four of the kinds; a file may hold them all."""
+    monkeypatch.setattr(diff, "_PIECE", piece)
     old = torch.randn(shape).to(torch.bfloat16)
     chosen = Selection(torch.arange(0, unit.count(shape), 2, dtype=torch.int32), unit, shape)
     new = old.clone()

@@ -144,3 +144,18 @@ def test_tables_and_figures(script: Any, tmp_path: Path) -> None:
     assert b"gmt:keep=0.5" in (out / "1-gmt-rows.svg").read_bytes()
     with (out / "runs.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(core) + len(budgets)
+
+
+def test_runs_that_are_kept_are_read_again(script: Any, tmp_path: Path) -> None:
+    """A part that is not in `--out` is taken from runs.csv of `--to`; tables from it alone are the same."""
+    out, to, draw = tmp_path / "small", tmp_path / "results", script("figures.py")["draw"]
+    written(out, "core", [final(c, seed, 1 / 3 + seed, 2e7) for c in ("full", "gmt:keep=0.5") for seed in range(3)])
+    draw(out, to)
+    made = {file.name: file.read_bytes() for file in to.iterdir()}
+    draw(tmp_path / "none" / "small", to)
+    assert {file.name: file.read_bytes() for file in to.iterdir()} == made
+    other = tmp_path / "later" / "small"
+    written(other, "budgets", [final("dst:keep=0.005", seed, 0.9, 1e5) for seed in range(3)])
+    draw(other, to)
+    with (to / "runs.csv").open() as file:
+        assert [row["part"] for row in csv.DictReader(file)] == ["core"] * 6 + ["budgets"] * 3
