@@ -20,7 +20,7 @@ from typing import Any
 
 from finetooth import tally
 
-PARTS = ("core", "budgets")
+PARTS = ("core", "sparse", "middle", "budgets", "budgets-sparse", "budgets-middle")
 TEXTS = (
     "part",
     "recipe",
