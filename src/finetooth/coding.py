@@ -1,4 +1,4 @@
-"""Codings of the sorted ids of a delta as gaps or bits. Those of its values are in `zigzag.py`.
+"""Codings of the sorted ids of a delta as gaps or bits. numpy only. Those of its values are in `zigzag.py`.
 
 A gap is how many ids were left out since the one before. `gap8` writes it in bytes, `gap16` in 16 bits: the largest
 number means "so many, and the gap goes on". Summing the stream and looking where it is not the largest number decodes it,
@@ -176,7 +176,7 @@ def _escaped(gaps: Ints, out: Ints, order: Ints, at: Ints) -> None:
         out[:] = gaps
         return
     escapes = gaps // top
-    varint.running(escapes.view(f"i{escapes.itemsize}"), at)
+    np.add.accumulate(escapes, dtype=np.intp, out=at)
     at += order  # where gaps end: no branch on which are long
     escapes += gaps  # less what is escaped, as the short numbers wrap around
     out.fill(top)
@@ -199,10 +199,9 @@ def _from_gaps(piece: Ints, out: Ints, start: int) -> None:
     apart = (piece + ends).astype(out.dtype)  # where a number is the largest nothing is added, so nothing overflows
     apart[0] += start - 1
     if out.size == piece.size:
-        varint.running(apart, out)
+        np.add.accumulate(apart, out=out)
         return
-    ids = np.empty_like(apart)
-    varint.running(apart, ids)
+    ids = np.add.accumulate(apart, out=apart)
     ids.take(np.flatnonzero(ends), out=out, mode="clip")  # ids[ends] branches on every entry, and takes twice as long
 
 

@@ -1,4 +1,4 @@
-"""Gaps as numbers of seven bits a byte, the lowest first; the highest bit says that the number goes on (LEB128).
+"""Gaps as numbers of seven bits a byte, the lowest first; the highest bit says that the number goes on (LEB128). numpy only.
 
 Where chosen ids come in clusters most gaps are short and a few are long, and bytes of 255 for each 255 left out, as in `gap8`,
 are what those few cost most. Here a gap below 128 takes a byte and one below 16,384 two: 1.08 to 1.17 bytes an id of trained
@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 Ints = NDArray[Any]
@@ -46,8 +45,7 @@ def encode(gaps: Ints) -> Ints:
     first[long] |= 128
     left = gaps[long]
     more = sum(left >= 1 << 7 * place for place in range(1, LONGEST)) + np.zeros(long.size, np.intp)
-    ends = np.empty_like(more)
-    running(more, ends)
+    ends = np.add.accumulate(more)
     starts = np.ones(gaps.size + int(more.sum()), bool)
     stream = np.empty(starts.size, np.uint8)
     at = long + ends - more
@@ -92,16 +90,7 @@ def into(piece: Ints, out: Ints, start: int) -> None:
     gaps[which] += more.astype(out.dtype)
     gaps += 1
     gaps[0] += start - 1
-    running(gaps, out)
-
-
-def running(numbers: Ints, out: Ints) -> None:
-    """Sums of the first one, two, ... numbers [k], signed, into `out` [k], signed and no narrower.
-
-    By torch: numpy reads each sum back from memory before it adds the next, which some processors take three times as long for.
-    """
-    sums = torch.from_numpy(out)
-    torch.cumsum(torch.from_numpy(numbers), 0, dtype=sums.dtype, out=sums)
+    np.add.accumulate(gaps, out=out)
 
 
 def _long(piece: Ints, ends: Ints) -> tuple[Ints, Ints]:
