@@ -78,7 +78,7 @@ def runs(rows: Sequence[Row], parts: Sequence[str], recipe: str) -> list[Row]:
 def read(rows: Sequence[Row], pool: Mapping[str, Any], asked: Mapping[str, Any]) -> Lines:
     """A table of a question, as far as it has been run."""
     parts = asked.get("parts", PARTS)
-    recipes = dict.fromkeys(recipe for part in parts for recipe in pool[part]["recipes"])
+    recipes = asked.get("recipes") or dict.fromkeys(recipe for part in parts for recipe in pool[part]["recipes"])
     found = {recipe: runs(rows, parts, recipe) for recipe in recipes}
     lines = {recipe: _table(own, asked) for recipe, own in found.items() if own}
     return {recipe: own for recipe, own in lines.items() if own}

@@ -59,7 +59,7 @@ def test_questions_read_what_the_pool_has(script: Any) -> None:
             trained = [m for part in table.get("parts", parts) for m in POOL[part]["methods"]]
             assert set(table.get("contenders", [])) <= set(trained), name
             assert set(table.get("methods", [])) <= {m.split(":")[0] for m in trained}, name
-            assert set(table) <= {"kind", "contenders", "methods", "parts", "number", "over", "edges"}
+            assert set(table) <= {"kind", "contenders", "methods", "parts", "recipes", "number", "over", "edges"}
 
 
 @pytest.mark.parametrize("path", sorted((STUDIES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
