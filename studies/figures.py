@@ -6,7 +6,7 @@
 tables.md           for readers, `pages.py`
 tables.csv          a row for each question, table, recipe and contender
 runs.csv            every run of the pool, those of the sweeps too
-QUESTION-TABLE.svg  differences with their 95 % interval; over a budget; or learning against forgetting, a column for each bin of bytes
+QUESTION-TABLE.svg  differences with their 95 % interval; over a budget; or learning against forgetting, a column for each bin of bytes or a line for each sweep
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pages
 import typer
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from readings import Lines, Row, every, read, saved
 
 HERE = Path(__file__).parent
@@ -84,6 +85,8 @@ def _figure(lines: Lines, how: dict[str, Any]) -> Figure:
         return curves(lines, how["over"])
     if how["kind"] == "bins":
         return fronts(lines, len(how["edges"]) - 1)
+    if how["kind"] == "rates":
+        return sweeps(lines)
     return intervals(
         lines, ("forgetting",) if how["kind"] == "equal" else (how.get("number", "task_loss"), "forgetting")
     )
@@ -159,6 +162,28 @@ def fronts(lines: Lines, count: int) -> Figure:
     for at, method in enumerate(methods):
         grid[0][-1].plot([], [], color=f"C{at % 10}", marker=MARKS[at % 16], ms=4, ls="", label=method)
     _legend(grid[0][-1])
+    return figure
+
+
+def sweeps(lines: Lines) -> Figure:
+    """Learning against forgetting from rate to rate, a line for each contender; the front of all is dashed."""
+    figure = Figure(figsize=(7.5, 3.2 * len(lines)), layout="constrained")
+    labels = list(dict.fromkeys(x["contender"] for own in lines.values() for x in own))
+    for axes, (recipe, own) in zip(figure.subplots(len(lines), squeeze=False)[:, 0], lines.items(), strict=True):
+        for i, label in enumerate(labels):
+            shown = [x for x in own if x["contender"] == label]
+            at, values = [x["task_loss"] for x in shown], [x["forgetting"] for x in shown]
+            axes.plot(at, values, color=f"C{i % 10}", marker=MARKS[i % 16], ms=3, lw=0.8, label=label)
+        ends = sorted((x for x in own if x["front"]), key=lambda x: x["task_loss"])
+        axes.plot([x["task_loss"] for x in ends], [x["forgetting"] for x in ends], color="black", lw=0.6, ls="--")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("task loss")
+        axes.set_ylabel(f"{recipe}: forgetting")
+        _plain(axes)
+        _legend(axes)
     return figure
 
 

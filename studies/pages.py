@@ -12,6 +12,7 @@ TOLD = {
     "differences": "Differences from the first line.",
     "curve": "Differences from the first line.",
     "bins": "Differences from `random` in the same bin of stored bytes; **bold** is on the front of its bin.",
+    "rates": "Each run of the sweeps, the first seed, on the rows by which a rate is chosen; **bold** is on the front of all of them.",
     "equal": "How much more it forgets at the same task loss than `{}`, from runs at several rates.",
 }
 

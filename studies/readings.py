@@ -4,6 +4,7 @@
     curve         every budget of some methods
     bins          contenders by their stored bytes: who is on the front of its bin, and the differences from `random` in it
     equal         forgetting at the same task loss: a second contender against a first, both trained at several rates
+    rates         every run of the sweeps: what is learnt and forgotten from rate to rate
 
 A table is rows of one shape, whatever its kind; every difference is within a seed.
 """
@@ -65,11 +66,11 @@ def _number(text: str) -> float | int | None:
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
-def runs(rows: Sequence[Row], parts: Sequence[str], recipe: str) -> list[Row]:
-    """The final runs of a recipe that ended well; one that several parts have is there once."""
+def runs(rows: Sequence[Row], parts: Sequence[str], recipe: str, stage: str = "final") -> list[Row]:
+    """The runs of a stage of a recipe that ended well; one that several parts have is there once."""
     found: dict[tuple[Any, ...], Row] = {}
     for row in (r for part in parts for r in rows if (r["part"], r["recipe"]) == (part, recipe)):
-        if row["stage"] == "final" and not row["error"]:
+        if row["stage"] == stage and not row["error"]:
             own = {k: v for k, v in row.items() if k not in ("part", "recipe")}
             found.setdefault((row["contender"], row["lr"], row["seed"]), own)
     return list(found.values())
@@ -79,7 +80,8 @@ def read(rows: Sequence[Row], pool: Mapping[str, Any], asked: Mapping[str, Any])
     """A table of a question, as far as it has been run."""
     parts = asked.get("parts", PARTS)
     recipes = asked.get("recipes") or dict.fromkeys(recipe for part in parts for recipe in pool[part]["recipes"])
-    found = {recipe: runs(rows, parts, recipe) for recipe in recipes}
+    stage = "sweep" if asked["kind"] == "rates" else "final"
+    found = {recipe: runs(rows, parts, recipe, stage) for recipe in recipes}
     lines = {recipe: _table(own, asked) for recipe, own in found.items() if own}
     return {recipe: own for recipe, own in lines.items() if own}
 
@@ -90,6 +92,8 @@ def _table(rows: list[Row], asked: Mapping[str, Any]) -> list[Row]:
         return equal(rows, *named)
     if asked["kind"] == "bins":
         return bins(rows, asked["edges"])
+    if asked["kind"] == "rates":
+        return rates(rows)
     if named:
         rows = sorted((r for r in rows if r["contender"] in named), key=lambda r: named.index(r["contender"]))
     if "methods" in asked:
@@ -128,6 +132,22 @@ def bins(rows: Sequence[Row], edges: Sequence[float]) -> list[Row]:
         front = tally.front(lines, "task_loss")
         found += [{"bin": i, "front": line["contender"] in front, **line} for line in known(own, lines)]
     return found
+
+
+def rates(rows: Sequence[Row]) -> list[Row]:
+    """A line for each run, by contender and rate; on the front are those that no other one beats in both numbers.
+
+    >>> made = [("a", 2, 1.0, 3.0), ("a", 1, 2.0, 1.0), ("b", 1, 2.0, 2.0)]
+    >>> rows = [{"contender": c, "method": c, "keep": None, "lr": lr, "task_loss": x, "forgetting": y, "delta_bytes": 9} for c, lr, x, y in made]
+    >>> [(line["contender"], line["lr"], line["front"]) for line in rates(rows)]
+    [('a', 1, True), ('a', 2, True), ('b', 1, False)]
+    """
+    keys = ("contender", "method", "keep", "lr", "task_loss", "forgetting", "delta_bytes")
+    lines = [{**{key: row[key] for key in keys}, "runs": 1} for row in rows]
+    ends = tally.front([{**line, "contender": i} for i, line in enumerate(lines)], "task_loss")
+    labels = list(dict.fromkeys(line["contender"] for line in lines))
+    found = [{**line, "front": i in ends} for i, line in enumerate(lines)]
+    return sorted(found, key=lambda line: (labels.index(line["contender"]), line["lr"]))
 
 
 def equal(rows: Sequence[Row], first: str, second: str) -> list[Row]:
