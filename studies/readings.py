@@ -92,12 +92,12 @@ def _table(rows: list[Row], asked: Mapping[str, Any]) -> list[Row]:
         return equal(rows, *named)
     if asked["kind"] == "bins":
         return bins(rows, asked["edges"])
-    if asked["kind"] == "rates":
-        return rates(rows)
     if named:
         rows = sorted((r for r in rows if r["contender"] in named), key=lambda r: named.index(r["contender"]))
     if "methods" in asked:
         rows = [r for r in rows if r["method"] in asked["methods"]]
+    if asked["kind"] == "rates":
+        return rates(rows)
     if named and rows and rows[0]["contender"] != named[0]:
         return []  # what the others are compared with has not been run
     lines = known(rows, tally.summary(rows))
