@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
+import across
 import matplotlib
 import pages
 import typer
@@ -38,11 +39,10 @@ def main(
     typer.echo("\n".join(draw(out, to)))
 
 
-def sources() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The pool, the questions and the sizes."""
-    names = ("pool", "questions", "sizes")
-    pool, questions, sizes = (yaml.safe_load((HERE / f"{n}.yaml").read_text(encoding="utf-8")) for n in names)
-    return pool, questions, sizes
+def source(name: str) -> dict[str, Any]:
+    """What is asked for, in a YAML file beside this one."""
+    found: dict[str, Any] = yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8"))
+    return found
 
 
 def tenth(steps: int, found: Any) -> Any:
@@ -53,9 +53,8 @@ def tenth(steps: int, found: Any) -> Any:
 @matplotlib.rc_context(STYLE)
 def draw(out: Path, to: Path | None = None) -> list[str]:
     """Write them; their names."""
-    pool, questions, sizes = sources()
-    steps, to = sizes[out.name]["steps"], to or out
-    pool, questions = tenth(steps, pool), tenth(steps, questions)
+    steps, to = source("sizes")[out.name]["steps"], to or out
+    pool, questions, pairs = (tenth(steps, source(name)) for name in ("pool", "questions", "across"))
     to.mkdir(parents=True, exist_ok=True)
     if not (rows := every(out, pool, to / "runs.csv")):
         return []
@@ -76,7 +75,8 @@ def draw(out: Path, to: Path | None = None) -> list[str]:
             figure.savefig(file, metadata={"Date": None})
             file.write_text("".join(f"{line.rstrip()}\n" for line in file.read_text("utf-8").splitlines()), "utf-8")
             figures.append(file)
-    (to / "tables.md").write_text(pages.page(table, questions, out.name, steps), encoding="utf-8")
+    told = pages.page(table, questions, out.name, steps, across.page(rows, pool, pairs))
+    (to / "tables.md").write_text(told, encoding="utf-8")
     return [str(file) for file in (to / "runs.csv", _csv(to / "tables.csv", table), to / "tables.md", *figures)]
 
 

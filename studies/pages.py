@@ -17,13 +17,16 @@ TOLD = {
 }
 
 
-def page(table: Sequence[Row], questions: Mapping[str, Any], size: str, steps: int) -> str:
-    """Every question with its tables, one for each recipe."""
+def page(table: Sequence[Row], questions: Mapping[str, Any], size: str, steps: int, across: str) -> str:
+    """What was asked on every task, then every question with its tables, one for each recipe."""
     parts = [
         "# The tables of the study\n",
         f"Size `{size}`: {steps} steps of each run. Mean ± standard deviation over seeds; after a semicolon, the mean of differences within a seed "
         "with its 95 % interval. Losses and forgetting are in nats a token, less is better. `lr`: the best rate by the task loss on other rows.\n",
         f"`python studies/figures.py --out runs/study/{size} --to studies/results` writes this page.\n",
+        "## Across tasks\n",
+        "Mean of differences within a seed, with its 95 % interval; less is better for the first. **Bold**: the interval leaves out 0.\n",
+        across,
     ]
     for question, asked in questions.items():
         own = [row for row in table if row["question"] == question]
@@ -42,8 +45,8 @@ def page(table: Sequence[Row], questions: Mapping[str, Any], size: str, steps: i
 
 def _table(rows: Sequence[Row], number: str, kind: str) -> str:
     if kind == "equal":
-        lines = [f"| {row['contender']} | {row['runs']} | {_difference(row, 'forgetting')} |" for row in rows]
-        return _joined(["contender", "runs compared", "forgetting: difference"], lines)
+        lines = [f"| {row['contender']} | {row['runs']} | {difference(row, 'forgetting')} |" for row in rows]
+        return joined(["contender", "runs compared", "forgetting: difference"], lines, left=1)
     more = [k for k in tally.HIGHER if any(row.get(k) is not None for row in rows)][:1]
     keys = list(dict.fromkeys([number, "task_loss", *more, "forgetting"]))
     lines = []
@@ -53,11 +56,12 @@ def _table(rows: Sequence[Row], number: str, kind: str) -> str:
         cells.append("–" if row.get("delta_bytes") is None else f"{row['delta_bytes'] / 1e3:,.0f}")
         lines.append(f"| {' | '.join([*([str(row['bin'])] if kind == 'bins' else []), *cells])} |")
     heads = ["contender", "lr", "seeds", *(key.replace("_", " ") for key in keys), "stored kB"]
-    return _joined([*(["bin"] if kind == "bins" else []), *heads], lines)
+    return joined(["bin", *heads], lines, left=2) if kind == "bins" else joined(heads, lines, left=1)
 
 
-def _joined(heads: Sequence[str], lines: Sequence[str]) -> str:
-    rule = ["---" if head in ("contender", "bin") else "---:" for head in heads]
+def joined(heads: Sequence[str], lines: Sequence[str], left: int) -> str:
+    """A table; the first `left` columns are words."""
+    rule = ["---"] * left + ["---:"] * (len(heads) - left)
     return "\n".join([f"| {' | '.join(heads)} |", f"|{'|'.join(rule)}|", *lines]) + "\n"
 
 
@@ -70,11 +74,12 @@ def _cell(row: Row, key: str) -> str:
     if row.get(key) is None:
         return "–"
     spread = "" if row.get(f"{key}_sd") is None else f" ± {_short(row[f'{key}_sd'])}"
-    difference = "" if row.get(f"{key}_difference") is None else f"; {_difference(row, key)}"
-    return f"{_short(row[key])}{spread}{difference}"
+    apart = "" if row.get(f"{key}_difference") is None else f"; {difference(row, key)}"
+    return f"{_short(row[key])}{spread}{apart}"
 
 
-def _difference(row: Row, key: str) -> str:
+def difference(row: Row, key: str) -> str:
+    """A mean difference and half the width of its interval."""
     half = row.get(f"{key}_interval")
     return _short(row[f"{key}_difference"]) + ("" if half is None else f" ± {_short(half)}")
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from figures import HERE, draw, sources, tenth
+from figures import HERE, draw, source, tenth
 from tasks import prepare
 
 from finetooth import embedded
@@ -79,7 +79,7 @@ def main(
     dry: Annotated[bool, typer.Option("--dry", help="Only say what would be run.")] = False,
 ) -> None:
     """Run what is missing, and put it together after every comparison."""
-    pool, _, sizes = sources()
+    pool, sizes = source("pool"), source("sizes")
     if size not in sizes:
         raise typer.BadParameter(f"there is no size {size!r}: {', '.join(sizes)}.")
     how, out = sizes[size], out.resolve() / size

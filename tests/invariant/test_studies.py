@@ -19,8 +19,9 @@ from finetooth.contest import contenders
 from finetooth.recipe import MethodPart, parse
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
-POOL, QUESTIONS, SIZES = (
-    yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8")) for name in ("pool", "questions", "sizes")
+POOL, QUESTIONS, ACROSS, SIZES = (
+    yaml.safe_load((STUDIES / f"{name}.yaml").read_text(encoding="utf-8"))
+    for name in ("pool", "questions", "across", "sizes")
 )
 
 pytest.importorskip("scipy", reason="intervals: pip install 'finetooth[dev]'")
@@ -60,6 +61,8 @@ def test_questions_read_what_the_pool_has(script: Any) -> None:
             assert set(table.get("contenders", [])) <= set(trained), name
             assert set(table.get("methods", [])) <= {m.split(":")[0] for m in trained}, name
             assert set(table) <= {"kind", "contenders", "methods", "parts", "recipes", "number", "over", "edges"}
+    trained = [m for part in ACROSS["parts"] for m in POOL[part]["methods"]]
+    assert {name for pairs in ACROSS["pairs"].values() for pair in pairs for name in pair} <= set(trained)
 
 
 @pytest.mark.parametrize("path", sorted((STUDIES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
@@ -77,6 +80,13 @@ def test_counts_on_the_page(script: Any, tmp_path: Path) -> None:
             least, most = (sum(n) for n in zip(*counts, strict=True))
             cells.append(f"{least:,}" if least == most else f"{least:,} – {most:,}")
         assert f"| {' | '.join(cells)} |" in next(line for line in page.splitlines() if line.startswith(f"| `{part}`"))
+
+
+def test_differences_on_the_page() -> None:
+    """Those of `tables.md`, as they stand there."""
+    tables = (STUDIES / "results" / "tables.md").read_text(encoding="utf-8")
+    across = tables[tables.index("## Across tasks\n") + len("## Across tasks\n") : tables.index("## 1.")]
+    assert across in (STUDIES / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_card_of_the_base_says_what_was_measured(script: Any, tmp_path: Path) -> None:
@@ -142,6 +152,7 @@ def test_tables_and_figures(script: Any, tmp_path: Path) -> None:
         row for row in table if row["table"] in ("steps", "equal-bytes", "time")
     ]  # without what they compare with
     assert b"gmt:keep=0.5" in (out / "1-gmt-rows.svg").read_bytes()
+    assert "| 1 | `gmt:keep=0.5` − `full` | **−0.100 ± 0.000** |" in (out / "tables.md").read_text(encoding="utf-8")
     with (out / "runs.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(core) + len(budgets)
 
