@@ -16,6 +16,9 @@ import torch
 from finetooth import embedded
 
 ROWS = 64
+TEXT = (
+    "Once upon a time, there was a comb. It had fine teeth."  # the script wants a loss between 1 and 2 before training
+)
 PARAMS: dict[str, Any] = {
     "model_id": str(embedded.path("stories260K")),
     "dtype": "float32",
@@ -44,10 +47,11 @@ def script(out: Path) -> ModuleType:
     utils.device = "cpu"  # type: ignore[attr-defined]
     utils.infer_device = run.infer_device = lambda: "cpu"  # type: ignore[attr-defined]
     utils.get_peft_branch = run.get_peft_branch = lambda: "dry-run"  # type: ignore[attr-defined]
+    utils.get_peft_worktree_is_dirty = lambda: False  # type: ignore[attr-defined]
     utils.RESULT_PATH_TEST = utils.RESULT_PATH_CANCELLED = str(out)  # type: ignore[attr-defined]
     out.mkdir(parents=True)
     run.get_base_model_info = run.get_dataset_info = lambda _: None  # type: ignore[attr-defined]
-    run.get_wiki_small = lambda: ["There was a comb. It had fine teeth."] * 8  # type: ignore[attr-defined]
+    run.get_wiki_small = lambda: [TEXT] * 8  # type: ignore[attr-defined]
     importlib.import_module("data").load_dataset = load_dataset  # type: ignore[attr-defined]
     return run
 

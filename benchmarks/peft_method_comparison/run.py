@@ -5,12 +5,14 @@
     python benchmarks/peft_method_comparison/run.py --peft peft --row gift-sw --dry-run      # minutes, a CPU, no network
 
 Data, order of batches, steps, seeds, generation, the parsing of answers, the log of memory and the result file are those of
-`method_comparison/MetaMathQA` in that checkout, run where it lies: nothing of it is repeated here. Three of its functions are replaced:
-the one that makes optimizer and schedule (ours is made, with its schedule), the one that says how large the result is (the
-delta is saved, and its bytes are counted), and the count of trained weights, which a selective method knows better
-than `requires_grad` does. Clipping is in our step, so the script's own is set to 0: the norm is the same 1.0.
+`method_comparison/MetaMathQA` in that checkout, run where it lies: nothing of it is repeated here. Two of its functions are replaced:
+the one that makes optimizer and schedule (ours is made, with its schedule), and the one that says how large the result is (the
+delta is saved, and its bytes are counted). Two are wrapped: tokenizer and prompt are remembered for calibration, and the count of trained
+weights is ours, as a selective method knows better than `requires_grad` does. Clipping is in our step, so the script's own is set to 0: the norm is the same 1.0.
+Row and options stand among the `optimizer_kwargs` of the result.
 
 A row that measures first takes `--calibration-batches` batches from the beginning of the training data, as the script makes them.
+The script writes a result with the status "canceled" where its loop raises an error; here that ends with exit code 1.
 
 `--dry-run` runs all of that code with the embedded model, made-up sums for data, a few steps and a CPU, for which it stands
 in for the accelerator's memory functions. The result is no result, and goes to a temporary folder.
@@ -20,8 +22,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -36,11 +40,16 @@ from finetooth.assemble import check_options
 from finetooth.nearest import hint
 
 HERE = Path(__file__).resolve().parent
-CLIP = 1.0  # the protocol's grad_norm_clip
+CLIP, WEIGHT_DECAY = 1.0, 0.1  # the protocol's
+OURS = {
+    "optimizer_kwargs": "--lr, --weight-decay and --set",
+    "optimizer_type": "--row",
+    "grad_norm_clip": "nothing: our step clips to 1.0",
+}
 
 
 class Row:
-    """Stands in for three functions of PEFT's script, and remembers what they have to know of each other."""
+    """Stands in for functions of PEFT's script, and remembers what they have to know of each other."""
 
     def __init__(
         self, run: ModuleType, name: str, options: dict[str, Any], batches: int, model_id: str, out: Path
@@ -48,6 +57,7 @@ class Row:
         self.run, self.name, self.options, self.batches = run, name, options, batches
         self.model_id, self.out = model_id, out
         self.tokenizer: Any = None
+        self.error = ""
         self.optimizer: finetooth.SelectiveAdamW | None = None
         self._theirs = {name: getattr(run, name) for name in ("get_tokenizer", "train")}
         run.get_tokenizer = self.get_tokenizer  # type: ignore[attr-defined]
@@ -60,8 +70,9 @@ class Row:
         return self.tokenizer
 
     def train(self, **given: Any) -> Any:
-        self.template = given["query_template"]
+        self.template, self.batch_size = given["query_template"], given["batch_size"]
         result = self._theirs["train"](**given)
+        self.error = result.error_msg
         if self.optimizer is not None:
             result.num_trainable_params = trained(self.optimizer)
         return result
@@ -94,7 +105,9 @@ class Row:
             tokenizer=self.tokenizer, query_template=self.template, print_fn=run.print_verbose
         )[0]
         found = []
-        for batch in run.BucketIterator(rows, batch_size=4, bucket_factor=run.BUCKET_FACTOR, delete_cols=["response"]):
+        for batch in run.BucketIterator(
+            rows, batch_size=self.batch_size, bucket_factor=run.BUCKET_FACTOR, delete_cols=["response"]
+        ):
             lengths = [len(ids) for ids in batch["input_ids"]]
             padded = self.tokenizer.pad(batch, return_tensors="pt").to(model.device)
             labels = padded["input_ids"].clone()
@@ -132,6 +145,14 @@ def experiment(folder: Path, name: str, params: dict[str, Any]) -> str:
     return str(path)
 
 
+def play(run: ModuleType, path: str, row: Row) -> None:
+    """The script's `main` on an experiment; ends with exit code 1 and the reason where its loop raised an error."""
+    newer = {"bucket_name": None} if "bucket_name" in inspect.signature(run.main).parameters else {}  # no upload
+    run.main(path_experiment=path, experiment_name=run.validate_experiment_path(path), clean=True, **newer)
+    if row.error:
+        sys.exit(f"The run did not end: {row.error}")
+
+
 def opened(peft: Path) -> Path:
     """The protocol's folder in a checkout of PEFT; ends with what to do where there is none."""
     folder = peft.resolve() / "method_comparison" / "MetaMathQA"
@@ -148,6 +169,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peft", type=Path, required=True, help="a checkout of PEFT, installed with pip install -e")
     parser.add_argument("--row", required=True, help="a name that `finetooth methods` lists")
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--weight-decay", type=float, default=WEIGHT_DECAY)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the row, such as keep=0.01"
     )
@@ -159,6 +181,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/peft_method_comparison"), help="where the delta goes")
     parser.add_argument("--dry-run", action="store_true")
     given = parser.parse_args()
+    if not isinstance(_value(given.params), dict):
+        parser.error(f"--params: {given.params!r} is no JSON object, such as '{{\"seed\": 1}}'.")
+    for key in OURS.keys() & json.loads(given.params).keys():
+        parser.error(f"--params: {key} is set by {OURS[key]}.")
     if given.row not in finetooth.METHODS:
         parser.error(f"there is no row {given.row!r}.{hint(given.row, finetooth.METHODS)}")
     return given
@@ -171,7 +197,11 @@ def main() -> None:
     name = given.name or "-".join([given.row, *(f"{k}_{v}" for k, v in options.items()), f"lr_{given.lr:g}"])
     out = (given.out / name).resolve()
     params = {
-        "optimizer_kwargs": {"lr": given.lr, "weight_decay": 0.1},
+        "optimizer_kwargs": {
+            "lr": given.lr,
+            "weight_decay": given.weight_decay,
+            "finetooth": {"row": given.row, **options},
+        },
         "grad_norm_clip": 0,
         **json.loads(given.params),
     }
@@ -188,8 +218,12 @@ def main() -> None:
         run = importlib.import_module("run")
     run.print_verbose = lambda *said, **_: sys.stderr.write(" ".join(map(str, said)) + "\n")  # type: ignore[attr-defined]
     path = experiment(folder, name, params)
-    Row(run, given.row, options, given.calibration_batches, _model(folder, params), out)
-    run.main(path_experiment=path, experiment_name=run.validate_experiment_path(path), clean=True)
+    row = Row(run, given.row, options, given.calibration_batches, _model(folder, params), out)
+    try:
+        play(run, path, row)
+    finally:
+        if given.dry_run:  # PEFT's `make` would run what it finds there
+            shutil.rmtree(folder / path)
 
 
 def _model(folder: Path, params: dict[str, Any]) -> str:

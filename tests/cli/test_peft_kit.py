@@ -1,4 +1,4 @@
-"""Our side of PEFT's MetaMathQA script: what it is given instead of three of its functions does what the script expects of those."""
+"""Our side of PEFT's MetaMathQA script: what it is given instead of its functions does what the script expects of those."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ class Script(ModuleType):
         self.get_tokenizer = self.get_optimizer_and_scheduler = self.get_file_size = None
         self.train = self._train
 
-    def _train(self, *, model: Any, optimizer_kwargs: dict[str, Any], query_template: str) -> SimpleNamespace:
+    def _train(
+        self, *, model: Any, batch_size: int, optimizer_kwargs: dict[str, Any], query_template: str
+    ) -> SimpleNamespace:
         make: Any = self.get_optimizer_and_scheduler
         optimizer, schedule = make(
             model, optimizer_type="AdamW", max_steps=4, lr_scheduler_arg="cosine", **optimizer_kwargs
@@ -51,7 +53,7 @@ class Script(ModuleType):
             optimizer.step()
             schedule.step()
             rates.append(schedule.get_last_lr()[0])
-        return SimpleNamespace(num_trainable_params=0, rates=rates)
+        return SimpleNamespace(num_trainable_params=0, rates=rates, error_msg="")
 
 
 @pytest.mark.parametrize(("row", "options"), [("magnitude", {"keep": 0.01}), ("gmt", {"keep": 0.2}), ("full", {})])
@@ -61,7 +63,8 @@ def test_a_row_in_the_place_of_the_optimizer(
     monkeypatch.setitem(sys.modules, "utils", SimpleNamespace(WARMUP_STEP_RATIO=0.25))
     script, model = Script(), AutoModelForCausalLM.from_pretrained(MODEL)
     ours = kit.Row(script, row, options, 2, MODEL, tmp_path)
-    result = script.train(model=model, optimizer_kwargs={"lr": 1e-3, "weight_decay": 0.1}, query_template="{query}")
+    kwargs = {"lr": 1e-3, "weight_decay": 0.1, "finetooth": {"row": row}}
+    result = script.train(model=model, batch_size=4, optimizer_kwargs=kwargs, query_template="{query}")
     assert result.rates[0] == 1e-3, "one step of warm-up"
     assert result.rates[-1] == 0.0
     chosen = ours.optimizer.selections()
@@ -81,6 +84,35 @@ def test_the_experiment_is_where_the_script_looks(kit: ModuleType, tmp_path: Pat
     path = kit.experiment(tmp_path, "a", {"grad_norm_clip": 0})
     assert Path(path).parts == ("experiments", "finetooth", "a"), "PEFT's validate_experiment_path wants three parts"
     assert json.loads((tmp_path / path / "training_params.json").read_text()) == {"grad_norm_clip": 0}
+
+
+def test_the_main_of_older_and_newer_scripts(kit: ModuleType) -> None:
+    """`bucket_name` came in the summer of 2026; an error that the script only writes down is one here."""
+    called: list[dict[str, Any]] = []
+
+    def newer(*, path_experiment: str, experiment_name: str, clean: bool, bucket_name: str | None) -> None:
+        called.append({"path": path_experiment, "name": experiment_name, "clean": clean, "bucket": bucket_name})
+
+    def older(*, path_experiment: str, experiment_name: str, clean: bool) -> None:
+        called.append({"path": path_experiment, "name": experiment_name, "clean": clean})
+
+    for main in (newer, older):
+        run = SimpleNamespace(main=main, validate_experiment_path=lambda path: f"name of {path}")
+        kit.play(run, "a/b/c", SimpleNamespace(error=""))
+    told = {"path": "a/b/c", "name": "name of a/b/c", "clean": True}
+    assert called == [{**told, "bucket": None}, told]
+    with pytest.raises(SystemExit, match="did not end: out of memory"):
+        kit.play(run, "a/b/c", SimpleNamespace(error="out of memory"))
+
+
+@pytest.mark.parametrize("key", ["grad_norm_clip", "optimizer_kwargs", "optimizer_type"])
+def test_what_is_not_for_params(
+    key: str, kit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--peft", "peft", "--row", "full", "--params", json.dumps({key: 1})])
+    with pytest.raises(SystemExit):
+        kit.arguments()
+    assert f"{key} is set by" in capsys.readouterr().err
 
 
 def test_no_checkout(kit: ModuleType, tmp_path: Path) -> None:
