@@ -14,7 +14,7 @@ NUMBERS = ("task_loss", "forgetting")
 
 
 def page(rows: Sequence[Row], pool: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """A table for each number: a line for every pair, a column for every task that has one. Bold where the interval leaves out 0."""
+    """A table for each number: a line for every pair, a column for every task that has one. Bold where the interval leaves out 0. Then the rates."""
     recipes = dict.fromkeys(recipe for part in asked["parts"] for recipe in pool[part]["recipes"])
     own = {recipe: found for recipe in recipes if (found := runs(rows, asked["parts"], recipe))}
     told = []
@@ -27,7 +27,15 @@ def page(rows: Sequence[Row], pool: Mapping[str, Any], asked: Mapping[str, Any])
                     lines.append([str(question), f"`{first}` − `{second}`", *cells])
         heads = ["question", f"{number.replace('_', ' ')}: the first less the second", *own]
         told.append(joined(heads, [f"| {' | '.join(line)} |" for line in lines], left=2))
-    return "\n".join(told)
+    return "\n".join([*told, _rates(own)])
+
+
+def _rates(own: Mapping[str, Sequence[Row]]) -> str:
+    """The best rate of every contender on every task."""
+    best = {recipe: {row["contender"]: f"{row['lr']:g}" for row in rows} for recipe, rows in own.items()}
+    labels = dict.fromkeys(label for found in best.values() for label in found)
+    lines = [f"| `{label}` | {' | '.join(found.get(label, '–') for found in best.values())} |" for label in labels]
+    return joined(["best rate by the task loss", *own], lines, left=1)
 
 
 def _cell(rows: Sequence[Row], first: str, second: str, number: str) -> str:
