@@ -11,7 +11,7 @@ Not covered: encoder-decoder models (both stacks count as blocks) and adapters o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ class Part:
     layer: str  # "model.layers.3", or "" outside the blocks
     place: str  # attention, ffn, norm, or "" outside the blocks
     transposed: bool | None = False  # stored [in, out]; None where that cannot be told
+    token_rows: bool = False  # an embedding or head with a row for every token: positions have others
 
 
 def survey(model: nn.Module) -> dict[str, Part]:
@@ -41,7 +42,20 @@ def survey(model: nn.Module) -> dict[str, Part]:
         for name, _ in module.named_parameters(recurse=False)
     }
     classes = {path: _class_name(module) for path, module in model.named_modules()}
-    return {name: _part(name, p, owners[name], classes) for name, p in model.named_parameters()}
+    parts = {name: _part(name, p, owners[name], classes) for name, p in model.named_parameters()}
+    vocabulary = _vocabulary(model)
+    sizes = {name: p.shape[0] for name, p in model.named_parameters() if parts[name].kind in ("embedding", "head")}
+    return parts | {n: replace(parts[n], token_rows=rows == (vocabulary or rows)) for n, rows in sizes.items()}
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many rows its input embedding has, where transformers knows which that is."""
+    try:
+        found = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    weight = getattr(found, "weight", None)
+    return None if weight is None else len(weight)
 
 
 def tied(model: nn.Module | None) -> dict[str, str]:
@@ -71,14 +85,30 @@ def _part(name: str, p: Tensor, owner: nn.Module, classes: Mapping[str, str]) ->
         kind = "norm"
     elif isinstance(owner, nn.Embedding):
         kind = "embedding"
-    elif isinstance(owner, nn.Linear) or class_name == "Conv1D":
+    elif (isinstance(owner, nn.Linear) and not _routes(owner)) or class_name == "Conv1D":
         kind = "linear" if block else "head"
-    elif p.ndim == 3 and block and not isinstance(owner, nn.modules.conv._ConvNd):
+    elif block and _is_expert(p, owner, class_name):
         kind = "expert"
     transposed: bool | None = class_name == "Conv1D" and p.ndim >= 2
     if kind == "expert":  # transformers notes it on most of its expert classes
         transposed = getattr(owner, "is_transposed", EXPERTS.get(class_name))
     return Part(name, kind, block, _place(name, class_name, classes), transposed)
+
+
+def _routes(owner: nn.Linear) -> bool:
+    """Llama 4's router is a Linear that does more than multiply; those of other models are none."""
+    return "Router" in _class_name(owner) and not multiplies(owner)
+
+
+def multiplies(owner: nn.Linear) -> bool:
+    """Whether its forward is x W^T + b: that of `nn.Linear`, or one that is known to do the same."""
+    return type(owner).forward is nn.Linear.forward or _class_name(owner) in ("SelectiveLinear", "FalconLinear")
+
+
+def _is_expert(p: Tensor, owner: nn.Module, class_name: str) -> bool:
+    """A stack of matrices, or what is known to be one; RWKV's [1, 1, n] are vectors, and convolutions none."""
+    stacked = p.ndim == 3 and sum(n > 1 for n in p.shape) > 1 and not isinstance(owner, nn.modules.conv._ConvNd)
+    return stacked or (class_name in EXPERTS and p.ndim > 1)
 
 
 def _class_name(module: nn.Module) -> str:
@@ -102,6 +132,7 @@ TARGETS: dict[str, Callable[[Part], bool]] = {
     "blocks": lambda part: bool(part.layer),
     "linear": lambda part: bool(part.layer) and part.kind in ("linear", "expert"),
     "ends": lambda part: part.kind in ("embedding", "head"),
+    "token-rows": lambda part: part.token_rows,
     "matrices": lambda part: part.kind in ("linear", "expert", "embedding", "head"),
     "dense-linear": lambda part: bool(part.layer) and part.kind == "linear",
 }

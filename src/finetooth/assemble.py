@@ -117,6 +117,7 @@ def arranged(
 
     `given` is the rest of what `build` takes. A plan makes the same arguments of a model without values (`rehearsal.py`).
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which puts this before every name
     shards.reshard(model)
     row, plain = row_named(method), {name: value for name, value in given.items() if name in _PLAIN}
     overrides = {name: value for name, value in given.items() if name not in _PLAIN}

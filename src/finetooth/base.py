@@ -151,7 +151,7 @@ class Trained(Base):
         if found is None:
             raise ValueError(
                 f"the optimizer does not know the pretrained values of '{name}' (every entry of it trains, "
-                "or rest=quantized rewrote them): give base= as a folder, a hub id or a state dict."
+                "or rest=quantized rewrote them): give base= as a state dict, or as a folder or hub id that has the model's names."
             )
         return _plain(name, found.detach())
 

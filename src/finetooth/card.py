@@ -48,7 +48,7 @@ With finetooth {version} or later:
 ```python
 {_use(recipe, base)}```
 
-On checkpoint folders: `finetooth delta apply BASE delta.safetensors --out tuned` writes a model that `from_pretrained`
+On checkpoint folders, unless the model is a mixture of experts, which has other names there: `finetooth delta apply BASE delta.safetensors --out tuned` writes a model that `from_pretrained`
 loads, `finetooth delta revert tuned delta.safetensors --base BASE --out again` takes it off, and `finetooth delta verify`
 says which of the two a folder holds.
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from finetooth.data import IGNORE, Tokens
+from finetooth.probe import uncached
 
 WINDOW_BATCH = 16
 
@@ -81,7 +82,7 @@ def summed_losses(model: nn.Module, examples: Sequence[Tokens], pad_id: int, bat
             batch = order[start : start + batch_size]
             full = {k: v.to(device) for k, v in pad([examples[i] for i in batch], pad_id).items()}
             labels = full.pop("labels")
-            for i, loss in zip(batch, by_row(model(**full).logits, labels).tolist(), strict=True):
+            for i, loss in zip(batch, by_row(model(**full, **uncached(model)).logits, labels).tolist(), strict=True):
                 out[i] = loss
     return out
 

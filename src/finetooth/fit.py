@@ -15,11 +15,15 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor
 
-from finetooth.base import Base, bits, dtype_name, fingerprint
+from finetooth.base import Base, Files, bits, dtype_name, fingerprint
 from finetooth.codec import Change, DeltaError, Parts
 from finetooth.diff import gather, scatter_
 
 State = Literal["base", "applied"]
+JOINED = (
+    " A mixture of experts has other names in a checkpoint than in memory, where transformers joins its experts: load the base with "
+    "transformers, and apply the delta to that model, in Python."
+)
 
 
 class WrongBase(DeltaError):
@@ -34,11 +38,12 @@ def places(parts: Parts, held: Base) -> dict[str, list[str]]:
     there, groups = set(held.names()), {name: [name] for name in parts.changes}
     for alias, name in parts.tied.items():
         groups.get(name, []).append(alias)
-    found_at = {name: [n for n in group if n in there] for name, group in groups.items()}
+    found_at = {name: list(filter(None, (known(n, there, held) for n in group))) for name, group in groups.items()}
     lost = [name for name, found in found_at.items() if not found]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        raise DeltaError(f"the target has no '{lost[0]}'{more}: the delta was made for {parts.base}.")
+        hint = JOINED if isinstance(held, Files) and len(parts.changes[lost[0]].kind[0]) == 3 else ""
+        raise DeltaError(f"the target has no '{lost[0]}'{more}: the delta was made for {parts.base}.{hint}")
     owners: dict[str, str] = {}
     for name, found in found_at.items():
         kind = parts.changes[name].kind
@@ -48,6 +53,12 @@ def places(parts: Parts, held: Base) -> dict[str, list[str]]:
             if owners.setdefault(storage, name) != name:
                 raise DeltaError(f"the target ties '{owners[storage]}' and '{name}', which the delta changes apart.")
     return {name: [n for n in found if held.tied.get(n) not in found] for name, found in found_at.items()}
+
+
+def known(name: str, there: set[str], held: Base) -> str | None:
+    """What `held` calls a tensor: files may leave out the name of the inner model, as GPT-2's on the hub leave out "transformer"."""
+    bare = name.partition(".")[2]
+    return name if name in there else bare if isinstance(held, Files) and bare in there else None
 
 
 def _same_kind(kind: Any, place: str, held: Base) -> None:

@@ -136,9 +136,11 @@ class Gradients:
             linear.detach(module) if noise is None else linear.attach(module, None, noise)
         if self._model is not None and self._ignored:
             left = [name for name in getattr(self._model, _DDP_IGNORES, []) if name not in self._ignored]
-            self._model.__dict__[_DDP_IGNORES] = left
-        if self._model is not None and isinstance(self._model.__dict__.get("zero_grad"), _ZeroGrad):
-            del self._model.__dict__["zero_grad"]
+            self._model.__dict__[_DDP_IGNORES], self._ignored = left, []
+        if self._model is not None:
+            patched = self._model.__dict__.get("zero_grad")
+            if isinstance(patched, _ZeroGrad) and patched.forgets(self):  # another optimizer may have taken over
+                del self._model.__dict__["zero_grad"]
         self._handles.clear()
         self._linears.clear()
         self.chosen = {}
@@ -192,6 +194,10 @@ class _ZeroGrad:
 
     def __init__(self, model: nn.Module, gradients: Gradients) -> None:
         self._model, self._gradients = weakref.ref(model), weakref.ref(gradients)
+
+    def forgets(self, gradients: Gradients) -> bool:
+        """Whether it was made for these."""
+        return self._gradients() is gradients
 
     def __call__(self, set_to_none: bool = True) -> None:
         if (model := self._model()) is not None:

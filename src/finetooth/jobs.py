@@ -71,8 +71,7 @@ def check(recipe: Recipe, resume: bool) -> None:
 def check_context(recipe: Recipe) -> None:
     """RecipeError for a model that cannot be trained here, DataError if rows may be longer than what it was made for."""
     longest = recipe.train.max_length
-    config = pretrained.config(recipe.model)
-    context = getattr(config, "max_position_embeddings", None) or longest
+    context = pretrained.context(pretrained.config(recipe.model)) or longest
     if longest > context:
         raise DataError(f"train.max_length={longest} is more than the model's context of {context} tokens.")
 

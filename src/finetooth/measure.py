@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from finetooth import checkpoint, evaluate, overlap, preflight
+from finetooth import checkpoint, evaluate, overlap, preflight, pretrained
 from finetooth.base import bits
 from finetooth.data import Prepared, Tokens
 from finetooth.delta import Delta
@@ -57,7 +57,7 @@ def forgetting(before: dict[str, float], after: dict[str, float]) -> float | Non
 
 
 def _context(job: Job) -> int:
-    return int(min(getattr(job.model.config, "max_position_embeddings", 1024), 1024))
+    return min(pretrained.context(job.model.config) or 1024, 1024)
 
 
 def quantized(job: Job, opt: SelectiveAdamW) -> dict[str, float]:

@@ -210,7 +210,7 @@ _ROWS = (
         "rows",
         "Chosen rows of the embeddings and the head: new tokens.",
         "no paper",
-        Rule(scores.listed(()), Unit("row"), keep=0, targets="ends"),
+        Rule(scores.listed(()), Unit("row"), keep=0, targets="token-rows"),
         options={"rows": None},
         required=("rows",),
         configure=method.rows,

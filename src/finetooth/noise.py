@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from finetooth import linear, quantize, shards
+from finetooth.anatomy import multiplies
 from finetooth.kernels import pick
 from finetooth.rest import kept_columns, oriented
 from finetooth.selection import Selection
@@ -53,6 +54,10 @@ class Noise:
         self._linears: list[linear.SelectiveLinear] = []
         for name, selection in columns.items():
             module = model.get_submodule(name.removesuffix(".weight"))
+            if isinstance(module, nn.Linear) and not multiplies(module):
+                raise ValueError(
+                    f"noise has no meaning for {name!r}: the forward of a {type(module).__name__} is its own. Leave it out of targets."
+                )
             layer = LayerNoise(self, name, selection, shards.whole(module.get_parameter("weight").detach()), bits, seed)
             if isinstance(module, nn.Linear) and type(module) in (nn.Linear, linear.SelectiveLinear):
                 self._linears.append(linear.attach(module, getattr(module, "chosen", None), layer))

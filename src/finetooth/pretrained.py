@@ -56,6 +56,13 @@ def config(source: str) -> Any:
     )
 
 
+def context(config: Any) -> int | None:
+    """How many tokens a model was made for; None where its config does not say."""
+    text = config.get_text_config()
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "context_length")
+    return next((int(n) for name in names if (n := getattr(text, name, None))), None)
+
+
 def check_weights(source: str) -> None:
     """Whether all files of weights are there, and whole; their headers are read. Pickle files are left to transformers."""
     folder = Path(checkpoint.resolve(source))

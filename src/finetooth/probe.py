@@ -110,10 +110,16 @@ def _measured(model: nn.Module, batches: Sequence[Batch], parts: Mapping[str, Pa
         for batch in _rows(model, batches) if "grad_square" in gradients else batches:
             inputs.mask = (full := _with_labels(batch, device)).get("attention_mask")
             with torch.set_grad_enabled(bool(gradients)):
-                loss = model(**full).loss
+                loss = model(**full, **uncached(model)).loss
             if gradients:
                 loss.backward()
             passes += 1
+    if unseen := [name for name in inputs.hooked if not stats[name]]:
+        more = f" and {len(unseen) - 1} more" if len(unseen) > 1 else ""
+        raise ValueError(
+            f"no calibration batch came through the layer of {unseen[0]!r}{more}: leave it out of targets. (An expert wants more batches; a "
+            "vision tower sees no text; Mamba multiplies with some weights itself.)"
+        )
     for name, p in model.named_parameters():  # one that no batch used has a gradient of zero
         for need in gradients if name in stats else ():
             stats[name].setdefault(need, torch.zeros_like(p, dtype=torch.float32))
@@ -159,6 +165,11 @@ def _everyones(batches: Sequence[Batch]) -> Iterator[Batch]:
             key: shards.joined(nn.functional.pad(x, (0, width - x.shape[1]), value=pad).to(device))
             for key, (x, pad) in filled.items()
         }
+
+
+def uncached(model: nn.Module) -> dict[str, bool]:
+    """What a forward is told so that it keeps nothing for the next token: some models could not go back through it."""
+    return {} if getattr(getattr(model, "config", None), "use_cache", None) is None else {"use_cache": False}
 
 
 def _ids(batch: Batch) -> dict[str, Tensor]:
@@ -223,12 +234,14 @@ class _Inputs:
         self.mask: Tensor | None = None
         self._model, self._parts, self._norms, self._stats = model, parts, norms, stats
         self._handles: list[Any] = []
+        self.hooked: list[str] = []
 
     def __enter__(self) -> _Inputs:
         for name, part in self._parts.items() if self._norms else ():
             if part.kind in ("linear", "head") and name.endswith(".weight"):
                 module = self._model.get_submodule(name.removesuffix(".weight"))
                 self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+                self.hooked.append(name)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -13,23 +13,29 @@ Not covered: generation's key and value cache, writing checkpoints, several devi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.trainer import add_fused_lm_head
 
-from finetooth import checkpoint
+from finetooth import checkpoint, pretrained
 from finetooth.assemble import arranged, loaded_from
 from finetooth.evaluate import WINDOW_BATCH, by_row
 from finetooth.jobs import CALIBRATION_BATCH, settings
 from finetooth.longest import Batch
 from finetooth.meter import Meter, unique_bytes
 from finetooth.methods import METHODS
-from finetooth.recipe import Recipe
+from finetooth.recipe import Recipe, RecipeError
 from finetooth.understudy import Understudy
 
 TILE = (4096, 32768)  # tokens and vocabulary entries of TRL's tile
@@ -48,9 +54,9 @@ class Rehearsal:
 
 
 def rehearse(recipe: Recipe, batch: Batch, gpu: bool) -> Rehearsal:
-    """Build, two steps, and the evaluation that the recipe asks for."""
+    """Build, two steps, and the evaluation that the recipe asks for; RecipeError for a model that looks at values to know its shapes."""
     meter = Meter(whole=gpu)
-    with FakeTensorMode():
+    with _without_values(recipe), FakeTensorMode():
         model = bare(recipe)
         weights = meter.hold([*model.parameters(), *model.buffers()])
         with meter:
@@ -59,6 +65,17 @@ def rehearse(recipe: Recipe, batch: Batch, gpu: bool) -> Rehearsal:
             _train(recipe, found, batch, meter, gpu)
             found.phases |= _evaluate(recipe, model, batch, meter)
     return found
+
+
+@contextmanager
+def _without_values(recipe: Recipe) -> Iterator[None]:
+    try:
+        yield
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise RecipeError(
+            f"{recipe.model} cannot be planned: its forward looks at values to know its shapes ({error}), as some mixtures of experts do, and a "
+            "plan has none. `finetooth train` with train.max_steps=2 says what it takes."
+        ) from error
 
 
 def bare(recipe: Recipe) -> nn.Module:
@@ -144,7 +161,7 @@ def _evaluate(recipe: Recipe, model: nn.Module, batch: Batch, meter: Meter) -> d
     """The logits of a whole batch, and those of one row as float32; cross-entropy makes one more of a row."""
     how = recipe.evaluate
     wanted = [(how.batch_size, batch.tokens)] if recipe.data.eval and how.task != "none" else []
-    context = int(min(getattr(model.config, "max_position_embeddings", 1024), 1024))
+    context = min(pretrained.context(model.config) or 1024, 1024)
     wanted += [(WINDOW_BATCH, context)] if how.forgetting else []
     model.eval()
     meter.mark()

@@ -4,15 +4,16 @@
 
 That is what vLLM takes, in two places, read in its repository in two stored versions:
 
-`SparseWeightPatch` (`vllm/distributed/weight_transfer/sparse_nccl_engine.py` at 8f5ec677): name, indices, values. One-dimensional,
-int32, equal lengths, the parameter's dtype, written with `index_copy_` into a contiguous parameter, whose name is the *server's*.
+`SparseWeightPatch` (`vllm/distributed/weight_transfer/sparse_nccl_engine.py`): what a trainer sends. Since vllm#53751 name, indices, values,
+full_shape, in the *checkpoint's* coordinates: one-dimensional, int32, equal lengths; the server makes the other one of it. Before (8f5ec677)
+name, indices, values, in the parameter's dtype, written with `index_copy_` into a contiguous parameter, whose name is the *server's*.
 
 `CheckpointWeightPatch` (`vllm/model_executor/model_loader/checkpoint_weight_patch.py` at 3db6ef6b): name, shape, dtype, values,
 indices. Names and shapes are the *checkpoint's*; the model's own loader maps them, so joined weights (q, k and v; gate and up),
 experts and tensor parallelism are the server's business. Indices are in range and not there twice, dtypes are floating, values not
 NaN, which is how it marks an entry that stays.
 
-A `Patch` meets both; its fields are in the second one's order. A delta's units become entries: a row of n weights is n indices. All
+A `Patch` meets all of these; its fields are in the second one's order. A delta's units become entries: a row of n weights is n indices. All
 entries of a unit are sent, also those that did not change, as they are the tuned model's too. Values replace and are not added, so a
 patch can be sent twice. Neither contract has a place for an offset, so a tensor of more than 2^31 entries cannot be split: it is refused.
 
@@ -38,6 +39,7 @@ from finetooth.base import Base, open_base
 from finetooth.codec import DeltaError
 from finetooth.delta import Delta
 from finetooth.diff import gather
+from finetooth.fit import known
 from finetooth.selection import Selection
 from finetooth.units import WHOLE
 
@@ -49,7 +51,7 @@ _FILE_BYTES = 512 << 20  # of tensors in one file, unless one tensor's are more
 class Patch(NamedTuple):
     """What one tensor gets. `CheckpointWeightPatch(*patch)` is vLLM's."""
 
-    name: str  # in the checkpoint
+    name: str  # in `base`, if one was given, else as the delta has it: the loaded model's, which may not be the checkpoint's
     shape: tuple[int, ...]  # of the whole tensor
     dtype: torch.dtype
     values: Tensor  # [n] in the weight's dtype, contiguous
@@ -72,14 +74,25 @@ def patches(delta: Delta, base: Base | None = None) -> Iterator[Patch]:
         if not values.dtype.is_floating_point:
             raise DeltaError(f"'{name}' is {values.dtype}: servers take patches of floating-point weights only.")
         ids, order = entries(change.selection).reshape(-1).sort()
-        yield Patch(name, change.selection.shape, values.dtype, values.reshape(-1)[order], ids.to(torch.int32))
+        yield Patch(
+            called(name, base),
+            change.selection.shape,
+            values.dtype,
+            values.reshape(-1)[order],
+            ids.to(torch.int32),
+        )
 
 
 def whole(delta: Delta, base: Base, name: str) -> Tensor:
     """The tensor that a delta calls `name`, on a CPU; `base` may know it by an alias only."""
-    there = set(base.names())
-    place = next(n for n in (name, *(a for a, of in delta.tied.items() if of == name)) if n in there)
+    there, names = set(base.names()), (name, *(a for a, of in delta.tied.items() if of == name))
+    place = next(found for n in names if (found := known(n, there, base)) is not None)
     return base.tensor(place).detach().cpu().contiguous()
+
+
+def called(name: str, base: Base | None) -> str:
+    """A tensor's name in the checkpoint, if that is at hand; where that has an alias alone, the delta's."""
+    return name if base is None else known(name, set(base.names()), base) or name
 
 
 def entries(selection: Selection) -> Tensor:
@@ -112,6 +125,7 @@ def write(delta: Delta, dst: str | Path, base: Any = None) -> dict[str, Any]:
     held = None if base is None else open_base(base)
     if held is not None:
         delta.inverse(held)
+    own = {called(name, held): name for name in delta.changes}
     listed, files, sizes = list[dict[str, Any]](), 0, 0
     with checkpoint.new_folder(dst, _needed(delta)) as folder:
         for group in _groups(delta, held):
@@ -120,7 +134,7 @@ def write(delta: Delta, dst: str | Path, base: Any = None) -> dict[str, Any]:
             tensors = {f"{kind}:{p.name}": getattr(p, kind) for p in group for kind in ("indices", "values")}
             save_file(tensors, folder / file, metadata={"format": "pt"})
             sizes += sum(t.nbytes for t in tensors.values())
-            listed += [{**_facts(p), "file": file, "result": delta.changes[p.name].result} for p in group]
+            listed += [{**_facts(p), "file": file, "result": delta.changes[own[p.name]].result} for p in group]
         about = {"format": FORMAT, "version": VERSION, "base": asdict(delta.base), "tied": dict(delta.tied)}
         text = json.dumps({**about, "patches": listed}, indent=1, ensure_ascii=False)
         (folder / LIST).write_text(text + "\n", encoding="utf-8")

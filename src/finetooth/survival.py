@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetooth import anatomy, checkpoint, evaluate, quantize
+from finetooth import anatomy, checkpoint, evaluate, pretrained, quantize
 from finetooth.base import Base, Files, bits, fingerprint, open_base
 from finetooth.codec import Change
 from finetooth.data import documents
@@ -76,7 +76,7 @@ def losses(delta: Delta, base: str | Path, to: str, text: str | Path) -> dict[st
 
     source, read = str(checkpoint.resolve(base)), documents(text)
     tokenizer, model = AutoTokenizer.from_pretrained(source), AutoModelForCausalLM.from_pretrained(source)
-    context = min(getattr(model.config, "max_position_embeddings", 1024), 1024)
+    context = min(pretrained.context(model.config) or 1024, 1024)
     return _four(
         model, delta, source, to, lambda: {"general_loss": evaluate.general_loss(model, tokenizer, read, context)}
     )

@@ -36,6 +36,18 @@ class Trainer(SFTTrainer):
     # The optimizer, which accelerate wraps; none where torch's trains (`outsiders.py`).
     selective: SelectiveAdamW | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's, without what it leaves in the config of a mixture of experts for good: `generate` and the saved model would have it too.
+
+        It asks for router logits at every training step besides.
+        """
+        model = kwargs["model"]
+        config = model.config.get_text_config()
+        asked = getattr(config, "output_router_logits", None)
+        super().__init__(*args, **kwargs)
+        if asked is not None:
+            config.output_router_logits = asked
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's; where it is not finite, neither are its gradients."""
         found = super().compute_loss(*args, **kwargs)
