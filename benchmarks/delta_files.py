@@ -8,7 +8,8 @@ Three measures, one line each in benchmarks/results/delta_files.csv for every ca
 * `coding`: a matrix of which a share of entries, rows or columns moved (entries also in clusters, with rows and columns of unequal
   luck) as AdamW moves them (by up to a few parts in a
   hundred of the weights' spread). Bytes per changed weight; GB/s of encoding and decoding, of the plain stream (int32 ids, and
-  values): copying it is the yardstick. The ways take turns.
+  values): copying it is the yardstick. The ways take turns. "compiled" are
+  the loops of `twins.py`, after they have been compiled.
 * `trained`: the embedded model, and a generated one, fine-tuned in bf16 with rows that train 1 %. `file_bytes` counts the
   header (two to four fingerprints for every tensor), `stream_bytes` does not: of a model of 260,000 weights the header
   is most of the file.
@@ -82,6 +83,10 @@ class Case:
         found: Ways = {"copy": (self.copied, self.copy_back, lambda made: sum(x.nbytes for x in made))}
         found["portable"] = (self.portable, self.from_portable, lambda made: made[1].nbytes + made[2].nbytes)
         found["against the base"] = (self.against, self.from_against, lambda made: made[1].nbytes + made[2][1].nbytes)
+        if importlib.util.find_spec("numba"):
+            for way in ("portable", "against the base"):
+                encode, decode, size = found[way]
+                found[f"{way}, compiled"] = compiled(encode), compiled(decode), size
         found["SHiRA"] = (self.shira, self.from_shira, lambda made: made[0].nbytes + made[1].nbytes)
         if importlib.util.find_spec("zstandard"):
             import zstandard
@@ -140,7 +145,24 @@ class Case:
         return at, (self.before.float() + torch.from_numpy(made[1])).to(self.before.dtype)
 
 
+def compiled(do: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with the loops that a process takes which has coded much; numpy's are taken elsewhere, see `codings`."""
+    from finetooth import twins
+
+    def run(*given: Any) -> Any:
+        usual, twins.PAYS = twins.PAYS, 0
+        try:
+            return do(*given)
+        finally:
+            twins.PAYS = usual
+
+    return run
+
+
 def codings(args: argparse.Namespace, run: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    from finetooth import twins
+
+    twins.PAYS = sys.maxsize
     for dtype in DTYPES:
         for unit in UNITS:
             for share in SHARES:

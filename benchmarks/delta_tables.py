@@ -79,13 +79,14 @@ def _codings(rows: list[Row]) -> str:
     for r in rows:
         cases.setdefault((r["dtype"], r["unit"], r["share"]), {})[r["way"]] = r
     ways = list(dict.fromkeys(r["way"] for r in rows))
+    sized = [w for w in ways if w != "copy" and not w.endswith(", compiled")]  # which gives the same bytes
     sizes, speeds = [], []
     for (dtype, unit, share), found in cases.items():
         case = [f"{dtype}, {unit}s, {100 * float(share):g} %"]
-        sizes.append(case + [number(float(found[w]["stream_bytes_per_weight"])) for w in ways if w != "copy"])
+        sizes.append(case + [number(float(found[w]["stream_bytes_per_weight"])) for w in sized])
         pairs = [(float(found[w]["encode_gb_s"]), float(found[w]["decode_gb_s"])) for w in ways]
         speeds.append(case + [f"{number(e)} / {number(d)}" for e, d in pairs])
-    left = table(["bytes per changed weight", *(w for w in ways if w != "copy")], sizes)
+    left = table(["bytes per changed weight", *sized], sizes)
     return f"{left}\n\n{table(['encode / decode, GB/s of ids and values', *ways], speeds)}"
 
 

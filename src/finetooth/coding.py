@@ -9,8 +9,7 @@ Every coding is worked on in pieces that stay in the cache, and a piece needs to
 they have and how far they reach. That is counted first, which checks the stream too.
 
 Nothing is believed: a stream that is not what an encoder would write raises ValueError, a DeltaError to the reader of a
-file. `check_index` looks at it without making anything of its size. Compiled twins of these loops would take longer to
-compile than numpy takes for the largest tensor there is.
+file. `check_index` looks at it without making anything of its size. The loops have compiled twins (`twins.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetooth import varint
+from finetooth.twins import twin
 
 Ints = NDArray[Any]
 GAPS: dict[str, type[np.unsignedinteger[Any]]] = {"gap8": np.uint8, "gap16": np.uint16}
@@ -61,7 +61,7 @@ def encoded(index: Ints, coding: str) -> Ints:
 
 def _tried(index: Ints, units: int) -> tuple[dict[str, int], list[dict[str, int]]]:
     """The sizes, and those of each piece as gaps."""
-    found = [_gap_sizes(_gaps(index, at)) for at in range(0, index.size, _PIECE)]
+    found = [_gap_sizes(index, at) for at in range(0, index.size, _PIECE)]
     sizes = {name: sum(sizes[name] for sizes in found) for name in (*GAPS, "gap7")}
     if sizes["gap7"] > _SHORT * index.size:
         del sizes["gap7"]
@@ -73,11 +73,14 @@ def _encoded(index: Ints, coding: str, sizes: list[dict[str, int]]) -> Ints:
     stream = np.empty(ends[-1], np.uint8)
     scratch = np.arange(min(index.size, _PIECE)), np.empty(min(index.size, _PIECE), np.intp)
     for i, (start, end) in enumerate(pairwise(ends)):
-        gaps, out = _gaps(index, i * _PIECE), stream[start:end]
-        if coding == "gap7":
-            out[:] = varint.encode(gaps)
+        at, out = i * _PIECE, stream[start:end].view(GAPS.get(coding, np.uint8))
+        if fast := _twin(f"into_{coding}", index, at):
+            fast(*_piece(index, at), out)
+        elif coding == "gap7":
+            out[:] = varint.encode(_gaps(index, at))
         else:
-            _escaped(gaps, out.view(GAPS[coding]), *(part[: gaps.size] for part in scratch))
+            gaps = _gaps(index, at)
+            _escaped(gaps, out, *(part[: gaps.size] for part in scratch))
     return stream.view(GAPS.get(coding, np.uint8))
 
 
@@ -150,17 +153,29 @@ def _plain_extent(stream: Ints) -> tuple[int, int, int]:
 # -- gaps ----------------------------------------------------------------------------------------
 
 
+def _piece(index: Ints, at: int) -> tuple[Ints, int]:
+    """The piece of ids that begins at `at`, and the id before."""
+    return index[at : at + _PIECE], int(index[at - 1]) if at else -1
+
+
+def _twin(name: str, index: Ints, at: int) -> Callable[..., Any] | None:
+    return twin(name, min(index.size - at, _PIECE)) if index.dtype == np.int32 else None
+
+
 def _gaps(index: Ints, at: int) -> Ints:
     """Those of the piece of ids that begins at `at`."""
-    piece = index[at : at + _PIECE]
+    piece, before = _piece(index, at)
     gaps = np.empty_like(piece)
     np.subtract(piece[1:], piece[:-1], out=gaps[1:])
     gaps[1:] -= 1
-    gaps[0] = piece[0] - (int(index[at - 1]) + 1 if at else 0)
+    gaps[0] = piece[0] - (before + 1)
     return gaps.view(f"u{gaps.itemsize}")  # numpy divides unsigned numbers faster
 
 
-def _gap_sizes(gaps: Ints) -> dict[str, int]:
+def _gap_sizes(index: Ints, at: int) -> dict[str, int]:
+    if fast := _twin("gap_sizes", index, at):
+        return dict(zip((*GAPS, "gap7"), fast(*_piece(index, at)), strict=True))
+    gaps = _gaps(index, at)
     sizes = {"gap7": varint.size(gaps)}
     for name, dtype in GAPS.items():
         top = int(np.iinfo(dtype).max)
@@ -190,11 +205,17 @@ def _gap_cuts(stream: Ints) -> list[slice]:
 
 
 def _gap_measure(piece: Ints) -> tuple[int, int]:
+    if fast := twin("gap_extent", piece.size):
+        n, far = fast(piece, int(np.iinfo(piece.dtype).max))
+        return n, far
     n = int(np.count_nonzero(piece != np.iinfo(piece.dtype).max))
     return n, n + int(piece.sum(dtype=np.uint32))  # _PIECE * 65535 fits
 
 
 def _from_gaps(piece: Ints, out: Ints, start: int) -> None:
+    if out.dtype == np.int32 and (fast := twin("of_gaps", piece.size)):
+        fast(piece, int(np.iinfo(piece.dtype).max), out, start)
+        return
     ends = piece != np.iinfo(piece.dtype).max
     apart = (piece + ends).astype(out.dtype)  # where a number is the largest nothing is added, so nothing overflows
     apart[0] += start - 1

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetooth.twins import twin
+
 Ints = NDArray[Any]
 STEPS = {"base4": 4, "base8": 8, "base16": 16, "base24": 24}  # bits of a short step
 VALUES = ("plain", *STEPS)
@@ -33,6 +35,9 @@ def steps(old: Ints, new: Ints, floating: bool) -> Ints:
     out, scratch = np.empty_like(new), np.empty(min(new.size, _PIECE), new.dtype)
     for at in _pieces(new.size):
         z = out[at]
+        if fast := twin("steps", z.size):
+            fast(old[at], new[at], floating, z)
+            continue
         d = scratch[: z.size]
         _ordered(new[at], floating, z)
         z -= _ordered(old[at], floating, d)
@@ -47,6 +52,9 @@ def moved(old: Ints, z: Ints, floating: bool) -> Ints:
     out, scratch = np.empty_like(old), np.empty(min(old.size, _PIECE), old.dtype)
     for at in _pieces(old.size):
         new = out[at]
+        if fast := twin("moved", new.size):
+            fast(old[at], z[at], floating, new)
+            continue
         d = scratch[: new.size]
         np.bitwise_and(z[at], 1, out=new)
         np.negative(new, out=new)
@@ -88,6 +96,11 @@ def encode(z: Ints) -> tuple[str, Ints] | None:
     sizes = {"plain": z.nbytes}
     sizes |= {name: _short_bytes(bits, z.size) for name, bits in STEPS.items() if bits <= 8 * z.itemsize}
     for at in _pieces(z.size):
+        if fast := twin("long_steps", at.stop - at.start):
+            for name, long in zip(STEPS, fast(z[at]), strict=True):
+                if name in sizes:
+                    sizes[name] += z.itemsize * long
+            continue
         for name in list(sizes)[1:]:
             long = int(np.count_nonzero(z[at] >= (1 << STEPS[name]) - 1))
             sizes[name] += z.itemsize * long
@@ -116,6 +129,11 @@ def packed(z: Ints, coding: str) -> Ints:
     long = [short]
     for at in _pieces(z.size):
         piece = z[at]
+        if fast := twin("pack", piece.size):
+            found = np.empty(piece.size, z.dtype)
+            count = fast(piece, bits, short.reshape(max(1, bits // 8), -1), at.start, found)
+            long.append(found[:count].view(np.uint8))
+            continue
         where = np.flatnonzero(piece >= top)
         if where.size:
             long.append(piece[where].astype(z.dtype.newbyteorder("<")).view(np.uint8))
@@ -167,16 +185,26 @@ def _unpack(coding: str, stream: Ints, n: int, dtype: np.dtype[Any], out: Ints |
     scratch = np.empty(min(n, _PIECE), dtype)
     for at in _pieces(n):
         z = scratch[: at.stop - at.start] if out is None else out[at]
+        if fast := twin("unpack", z.size):
+            planes, listed = stream[:short].reshape(max(1, bits // 8), -1), long.view(np.uint8).reshape(-1, z.itemsize)
+            found, wrong = fast(planes, bits, at.start, listed, first, z)
+            _require_listed(wrong == 1, wrong == 2, long.size)
+            first += found
+            continue
         _shorts(stream[:short], bits, at.start, z)
         marks = z == top
         found = int(np.count_nonzero(marks))
-        if found > long.size - first:
-            raise ValueError(f"have more than the {long.size} long steps that are listed.")
         listed = long[first : first + found]
-        if bool((listed < top).any()):
-            raise ValueError("have a short step among the long ones.")
+        _require_listed(listed.size < found, bool((listed < top).any()), long.size)
         if found and out is not None:
             z[np.flatnonzero(marks)] = listed
         first += found
     if first != long.size:
         raise ValueError(f"have {first} long steps: {long.size} are listed.")
+
+
+def _require_listed(too_few: bool, a_short_one: bool, listed: int) -> None:
+    if too_few:
+        raise ValueError(f"have more than the {listed} long steps that are listed.")
+    if a_short_one:
+        raise ValueError("have a short step among the long ones.")

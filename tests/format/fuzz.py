@@ -2,6 +2,7 @@
 
 python -m tests.format.fuzz                            # a million files, coverage-guided; needs pip install -e '.[fuzz]'
 python -m tests.format.fuzz --files 20000 --plain      # the same mutations without guidance, atheris not needed
+python -m tests.format.fuzz --compiled                 # read by the compiled loops, with numba's checks of every access
 
 Every file is loaded; a delta that loads is described, and applied to the small model that its seed was made for. Allowed are
 DeltaError, with the model as it was, and a model that is exactly what the delta promises, from which the inverse gives the
@@ -41,7 +42,9 @@ from tests.format.seeds import Seed, Weights, large, seeds
 LIMIT = 1.0  # seconds of the processor for one file; a real hang is ended by libFuzzer, or by pytest
 SPARE = 4 << 20  # bytes beyond twice the file: the interpreter's objects and what the allocator rounds up
 LARGE_EVERY = 5000
-READERS = ("archive", "base", "checkpoint", "codec", "coding", "delta", "fit", "made", "manifest", "units")
+READERS = (
+    "archive", "base", "checkpoint", "codec", "coding", "delta", "fit", "made", "manifest", "twins", "units", "varint", "zigzag",
+)  # fmt: skip
 MEMORY = Path("/dev/shm") if Path("/dev/shm").is_dir() else Path(tempfile.gettempdir())
 
 
@@ -233,19 +236,27 @@ def guided(files: int, seed: int, trial: Trial, found: list[Seed], big: Seed, re
     atheris.Fuzz()
 
 
-def worker(files: int, seed: int, wanted: str, out: Path, keep: Path | None) -> None:
+def worker(files: int, seed: int, wanted: str, compiled: bool, out: Path, keep: Path | None) -> None:
     """One process: its log is written to `out` as it goes."""
     if wanted == "guided":
         import atheris
 
         with atheris.instrument_imports(include=[f"finetooth.{name}" for name in READERS]):
             import finetooth.delta  # noqa: F401
+    from finetooth import twins
+
+    twins.PAYS = 0 if compiled else sys.maxsize
     torch.set_num_threads(1)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=MEMORY)))
         found, big = seeds(folder), large(folder)
         trial = Trial([*found, big], folder, keep)
-        for s in (*found, big):  # what every file needs once is not a file's
+        for s in 2 * [
+            *found,
+            big,
+        ]:  # what is needed once, as compiling, is no file's; twice, as that may be taken for too much
+            Trial([*found, big], folder).run(s.blob)
+        for s in (*found, big):
             if trial.run(s.blob) != "applied":
                 raise AssertionError(f"a seed does not apply: {trial.log}")
         trial.log = Log()
@@ -267,17 +278,20 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="without atheris")
+    parser.add_argument("--compiled", action="store_true", help="the codings' loops are numba's; needs the extra 'cpu'")
     parser.add_argument("--keep", type=Path, help="a folder for the files that made a fault")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     wanted = "plain" if given.plain else "guided"
     if given.worker:
-        worker(given.files, given.seed, wanted, given.worker, given.keep)
+        worker(given.files, given.seed, wanted, given.compiled, given.worker, given.keep)
         return 0
     started = time.monotonic()
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         log, failed = _all(given, wanted, Path(folder))
-    sys.stdout.write(f"{log.line()}; {wanted}, seed {given.seed}, {time.monotonic() - started:.0f} s\n")
+    sys.stdout.write(
+        f"{log.line()}; {wanted}, seed {given.seed}, {time.monotonic() - started:.0f} s{', compiled loops' if given.compiled else ''}\n"
+    )
     for what, n in log.faults.items():
         sys.stdout.write(f"{n:8} {what}\n")
     return 1 if log.faults or failed or log.files < given.files else 0
@@ -297,6 +311,7 @@ def _all(given: argparse.Namespace, wanted: str, folder: Path) -> tuple[Log, boo
             str(share),
         ]
         command += ["--seed", str(given.seed + i)] + ["--plain"] * (wanted == "plain")
+        command += ["--compiled"] * given.compiled
         command += ["--keep", str(given.keep)] * (given.keep is not None)
         # What is freed goes back at once, so that a peak is that of one file.
         env = {
@@ -304,6 +319,7 @@ def _all(given: argparse.Namespace, wanted: str, folder: Path) -> tuple[Log, boo
             "TMPDIR": str(folder),
             "MALLOC_MMAP_THRESHOLD_": "65536",
             "MALLOC_TRIM_THRESHOLD_": "65536",
+            "NUMBA_BOUNDSCHECK": "1",
         }
         running.append(
             subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=(folder / f"{i}.err").open("w"))

@@ -11,6 +11,8 @@ import torch
 from finetooth.delta import Delta, DeltaError
 from tests.format.attacks import make
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 HERE = make.HERE
 NOT_WHOLE = "is not a whole safetensors file: "
 NAME = "'layers.0.weight'"

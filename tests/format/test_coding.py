@@ -16,6 +16,8 @@ from finetooth import coding, varint, zigzag
 from finetooth.base import DTYPES, bits
 from finetooth.codec import patterns
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 UNITS = 300_000
 Ids = Any
 

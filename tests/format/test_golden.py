@@ -21,6 +21,8 @@ from finetooth.zigzag import VALUES
 from .deltas import same
 from .golden.make import base, delta, second, second_base, second_tuned, tuned
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 FOLDER = Path(__file__).parent / "golden"
