@@ -12,6 +12,7 @@ file. `check` looks at it piece by piece without making anything of its size.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -48,21 +49,22 @@ def steps(old: Ints, new: Ints, floating: bool) -> Ints:
 
 
 def moved(old: Ints, z: Ints, floating: bool) -> Ints:
-    """The new bit patterns that `steps(old, new, floating)` were taken of."""
-    out, scratch = np.empty_like(old), np.empty(min(old.size, _PIECE), old.dtype)
+    """The new bit patterns that `steps(old, new, floating)` were taken of, in the place of these, `z`."""
+    scratch = np.empty(min(old.size, _PIECE), old.dtype)
     for at in _pieces(old.size):
-        new = out[at]
+        new = z[at]
         if fast := twin("moved", new.size):
-            fast(old[at], z[at], floating, new)
+            fast(old[at], new, floating)
             continue
         d = scratch[: new.size]
-        np.bitwise_and(z[at], 1, out=new)
-        np.negative(new, out=new)
-        new ^= np.right_shift(z[at], 1, out=d)
+        np.bitwise_and(new, 1, out=d)
+        np.negative(d, out=d)
+        new >>= 1
+        new ^= d
         new += _ordered(old[at], floating, d)
         if floating:
             new ^= _flips(new, d)
-    return out
+    return z
 
 
 def _pieces(n: int) -> list[slice]:
@@ -93,21 +95,27 @@ def _signs(bits: Ints, out: Ints) -> None:
 
 def encode(z: Ints) -> tuple[str, Ints] | None:
     """The smallest coding of zigzagged steps [n] and its stream of bytes; None where the plain values are no larger."""
-    sizes = {"plain": z.nbytes}
-    sizes |= {name: _short_bytes(bits, z.size) for name, bits in STEPS.items() if bits <= 8 * z.itemsize}
-    for at in _pieces(z.size):
-        if fast := twin("long_steps", at.stop - at.start):
-            for name, long in zip(STEPS, fast(z[at]), strict=True):
-                if name in sizes:
-                    sizes[name] += z.itemsize * long
-            continue
-        for name in list(sizes)[1:]:
-            long = int(np.count_nonzero(z[at] >= (1 << STEPS[name]) - 1))
-            sizes[name] += z.itemsize * long
-            if not long:
-                break  # nor has a wider one
+    sizes = {"plain": z.nbytes, **_sizes(z)}
     best = min(sizes, key=lambda name: sizes[name])
-    return None if best == "plain" else (best, packed(z, best))
+    return None if best == "plain" else (best, _packed(z, best, sizes[best]))
+
+
+def _sizes(z: Ints) -> dict[str, int]:
+    """Bytes in every coding that has no more bits than the steps."""
+    sizes = {name: _short_bytes(bits, z.size) for name, bits in STEPS.items() if bits <= 8 * z.itemsize}
+    for at in _pieces(z.size):
+        fast = twin("long_steps", at.stop - at.start)
+        for name, long in zip(sizes, fast(z[at]) if fast else _long_steps(z[at]), strict=False):
+            sizes[name] += z.itemsize * long
+    return sizes
+
+
+def _long_steps(piece: Ints) -> Iterator[int]:
+    """How many are too long for each coding, from the narrowest on; those of which none is longer are left out."""
+    for bits in STEPS.values():
+        yield (long := int(np.count_nonzero(piece >= (1 << bits) - 1)))
+        if not long:
+            return
 
 
 def decode(coding: str, stream: Ints, n: int, dtype: Any) -> Ints:
@@ -124,23 +132,32 @@ def check(coding: str, stream: Ints, n: int, dtype: Any) -> None:
 
 def packed(z: Ints, coding: str) -> Ints:
     """The stream of steps in that coding: the short ones, then the long ones."""
-    bits = STEPS[coding]
-    top, short = (1 << bits) - 1, np.empty(_short_bytes(bits, z.size), np.uint8)
-    long = [short]
+    return _packed(z, coding, _sizes(z)[coding])
+
+
+def _packed(z: Ints, coding: str, size: int) -> Ints:
+    bits, stream = STEPS[coding], np.empty(size, np.uint8)
+    top, short = (1 << bits) - 1, stream[: _short_bytes(bits, z.size)]
+    long, first = stream[short.size :].reshape(-1, z.itemsize), 0
     for at in _pieces(z.size):
         piece = z[at]
         if fast := twin("pack", piece.size):
-            found = np.empty(piece.size, z.dtype)
-            count = fast(piece, bits, short.reshape(max(1, bits // 8), -1), at.start, found)
-            long.append(found[:count].view(np.uint8))
+            first = fast(piece, bits, _planes(short, bits), at.start, long, first)
             continue
         where = np.flatnonzero(piece >= top)
         if where.size:
-            long.append(piece[where].astype(z.dtype.newbyteorder("<")).view(np.uint8))
+            found = piece[where].astype(z.dtype.newbyteorder("<")).view(np.uint8)
+            long[first : first + where.size] = found.reshape(-1, z.itemsize)
+            first += where.size
             piece = piece.copy()
             piece[where] = top
         _pack(piece, short, bits, at.start)
-    return np.concatenate(long)
+    return stream
+
+
+def _planes(short: Ints, bits: int) -> Ints:
+    """The short steps by byte: [bytes a step, n]; two steps a byte in 4 bits."""
+    return short.reshape(max(1, bits // 8), -1)
 
 
 def _short_bytes(bits: int, n: int) -> int:
@@ -154,7 +171,7 @@ def _pack(piece: Ints, planes: Ints, bits: int, lo: int) -> None:
         low[: high.size] |= high << 4
         planes[lo // 2 : lo // 2 + low.size] = low
         return
-    for i, plane in enumerate(planes.reshape(bits // 8, -1)):
+    for i, plane in enumerate(_planes(planes, bits)):
         plane[lo : lo + piece.size] = piece >> 8 * i if i else piece
 
 
@@ -164,7 +181,7 @@ def _shorts(planes: Ints, bits: int, lo: int, out: Ints) -> None:
         pairs = planes[lo // 2 : -(-(lo + out.size) // 2)]
         out[0::2], out[1::2] = pairs & 15, pairs[: out.size // 2] >> 4
         return
-    for i, plane in enumerate(planes.reshape(bits // 8, -1)):
+    for i, plane in enumerate(_planes(planes, bits)):
         part = plane[lo : lo + out.size]
         if i:
             out |= part.astype(out.dtype) << 8 * i
@@ -186,8 +203,8 @@ def _unpack(coding: str, stream: Ints, n: int, dtype: np.dtype[Any], out: Ints |
     for at in _pieces(n):
         z = scratch[: at.stop - at.start] if out is None else out[at]
         if fast := twin("unpack", z.size):
-            planes, listed = stream[:short].reshape(max(1, bits // 8), -1), long.view(np.uint8).reshape(-1, z.itemsize)
-            found, wrong = fast(planes, bits, at.start, listed, first, z)
+            listed = long.view(np.uint8).reshape(-1, z.itemsize)
+            found, wrong = fast(_planes(stream[:short], bits), bits, at.start, listed, first, z)
             _require_listed(wrong == 1, wrong == 2, long.size)
             first += found
             continue

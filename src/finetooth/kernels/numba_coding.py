@@ -228,27 +228,44 @@ def of_gap7(piece: Array, out: Array, start: int) -> None:
 
 @compiled()
 def steps(old: Array, new: Array, floating: bool, out: Array) -> None:
-    """As `zigzag.steps`, into `out`; all are unsigned integers of one type."""
-    kind, high = out.dtype.type, 8 * out.itemsize - 1
+    """As `zigzag.steps`, into `out`; all are unsigned integers of one type. What depends on a sign is vectorized as a choice, not as a shift."""
+    kind, top = out.dtype.type, _highest(out)
+    flips = kind(top - kind(1)) if floating else kind(0)
     for i in range(out.size):
-        difference = kind(_ordered(new[i], kind, high, floating) - _ordered(old[i], kind, high, floating))
-        out[i] = kind(difference << kind(1)) ^ kind(-kind(difference >> kind(high)))
+        before, after = old[i], new[i]
+        if before >= top:
+            before = kind(before ^ flips)
+        if after >= top:
+            after = kind(after ^ flips)
+        difference = kind(after - before)
+        z = kind(difference << kind(1))
+        if difference >= top:
+            z = kind(~z)
+        out[i] = z
 
 
 @compiled()
-def moved(old: Array, z: Array, floating: bool, out: Array) -> None:
-    """As `zigzag.moved`, into `out`."""
-    kind, high = out.dtype.type, 8 * out.itemsize - 1
-    for i in range(out.size):
-        difference = kind(z[i] >> kind(1)) ^ kind(-kind(z[i] & kind(1)))
-        new = kind(_ordered(old[i], kind, high, floating) + difference)
-        out[i] = _ordered(new, kind, high, floating)
+def moved(old: Array, z: Array, floating: bool) -> None:
+    """As `zigzag.moved`."""
+    kind, top = z.dtype.type, _highest(z)
+    flips = kind(top - kind(1)) if floating else kind(0)
+    for i in range(z.size):
+        before, difference = old[i], kind(z[i] >> kind(1))
+        if z[i] & kind(1):
+            difference = kind(~difference)
+        if before >= top:
+            before = kind(before ^ flips)
+        after = kind(before + difference)
+        if after >= top:
+            after = kind(after ^ flips)
+        z[i] = after
 
 
 @compiled(inline="always")
-def _ordered(bits: Any, kind: Any, high: Any, floating: Any) -> Any:
-    """A larger float is a larger two's complement integer. Its own inverse."""
-    return bits ^ kind(kind(-kind(bits >> kind(high))) >> kind(1)) if floating else bits
+def _highest(numbers: Array) -> Any:
+    """The number of only the highest bit."""
+    kind = numbers.dtype.type
+    return kind(kind(1) << kind(8 * numbers.itemsize - 1))
 
 
 @compiled()
@@ -264,10 +281,10 @@ def long_steps(z: Array) -> Counts:
 
 
 @compiled()
-def pack(z: Array, bits: int, planes: Array, lo: int, long: Array) -> int:
-    """Write short steps, the first of which is number `lo` (even), into `planes` [bytes a step, n], and long ones into `long`, which
-    has a place for all; returns how many these are."""
-    kind, found = z.dtype.type, 0
+def pack(z: Array, bits: int, planes: Array, lo: int, long: Array, first: int) -> int:
+    """Write short steps, the first of which is number `lo` (even), into `planes` [bytes a step, n], and long ones as bytes into `long`
+    [n, bytes a step] from number `first` on; returns where the next one belongs."""
+    kind = z.dtype.type
     top = kind((1 << bits) - 1)
     if bits == 4:
         for i in range(z.size // 2):
@@ -284,9 +301,10 @@ def pack(z: Array, bits: int, planes: Array, lo: int, long: Array) -> int:
         if _any_from(z[block:end], top):
             for i in range(block, end):
                 if z[i] >= top:
-                    long[found] = z[i]
-                    found += 1
-    return found
+                    for byte in range(long.shape[1]):
+                        long[first, byte] = np.uint8(z[i] >> kind(8 * byte))
+                    first += 1
+    return first
 
 
 @compiled(inline="always")
