@@ -296,24 +296,29 @@ def pack(z: Array, bits: int, planes: Array, lo: int, long: Array, first: int) -
             plane = planes[byte, lo : lo + z.size]
             for i in range(z.size):
                 plane[i] = np.uint8(min(z[i], top) >> kind(8 * byte))
+    where = np.empty(BLOCK + 1, np.uint16)
     for block in range(0, z.size, BLOCK):
-        end = min(block + BLOCK, z.size)
-        if _any_from(z[block:end], top):
-            for i in range(block, end):
-                if z[i] >= top:
-                    for byte in range(long.shape[1]):
-                        long[first, byte] = np.uint8(z[i] >> kind(8 * byte))
-                    first += 1
+        for i in where[: _from(z[block : block + BLOCK], top, where)]:
+            step = z[block + i]
+            for byte in range(long.shape[1]):
+                long[first, byte] = np.uint8(step >> kind(8 * byte))
+            first += 1
     return first
 
 
-@compiled(inline="always")
-def _any_from(z: Array, top: Any) -> Any:
-    """Whether a number is `top` or larger."""
-    found = U32(0)
+@compiled()
+def _from(z: Array, top: Any, where: Array) -> Any:
+    """Into `where`, which has a place more than z: where numbers are `top` or larger; returns how many these are."""
+    some = U32(0)
     for i in range(z.size):
-        found = U32(found + U32(z[i] >= top))
-    return found > U32(0)
+        some = U32(some + U32(z[i] >= top))
+    if not some:
+        return some
+    found = U64(0)
+    for i in range(z.size):
+        where[found] = i
+        found += U64(z[i] >= top)
+    return some
 
 
 @compiled()
@@ -335,19 +340,15 @@ def unpack(planes: Array, bits: int, lo: int, long: Array, first: int, out: Arra
             plane = planes[byte, lo : lo + out.size]
             for i in range(out.size):
                 out[i] = kind((out[i] if byte else kind(0)) | kind(kind(plane[i]) << kind(8 * byte)))
+    where = np.empty(BLOCK + 1, np.uint16)
     for block in range(0, out.size, BLOCK):
-        end = min(block + BLOCK, out.size)
-        if not _any_from(out[block:end], top):
-            continue
-        for i in range(block, end):
-            if out[i] != top:
-                continue
+        for i in where[: _from(out[block : block + BLOCK], top, where)]:
             if first + found < long.shape[0]:
                 value = U64(0)
                 for byte in range(long.shape[1]):
                     value |= U64(U64(long[first + found, byte]) << U64(8 * byte))
                 wrong = 2 if value < top else wrong
-                out[i] = kind(value)
+                out[block + i] = kind(value)
             else:
                 wrong = 1
             found += 1
