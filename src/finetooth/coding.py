@@ -1,4 +1,4 @@
-"""Codings of the sorted ids of a delta as gaps or bits. numpy only. Those of its values are in `zigzag.py`.
+"""Codings of the sorted ids of a delta as gaps or bits. Those of its values are in `zigzag.py`.
 
 A gap is how many ids were left out since the one before. `gap8` writes it in bytes, `gap16` in 16 bits: the largest
 number means "so many, and the gap goes on". Summing the stream and looking where it is not the largest number decodes it,

@@ -9,6 +9,7 @@ Both give the same bits. Not covered by the twins: bitmaps, whose loops numpy ve
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -33,7 +34,6 @@ def _module() -> ModuleType | None:
     if sys.byteorder != "little":
         return None
     try:
-        from finetooth.kernels import numba_coding
+        return importlib.import_module("finetooth.kernels.numba_coding")
     except ImportError:
         return None
-    return numba_coding

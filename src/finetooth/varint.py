@@ -1,4 +1,4 @@
-"""Gaps as numbers of seven bits a byte, the lowest first; the highest bit says that the number goes on (LEB128). numpy only.
+"""Gaps as numbers of seven bits a byte, the lowest first; the highest bit says that the number goes on (LEB128).
 
 Where chosen ids come in clusters most gaps are short and a few are long, and bytes of 255 for each 255 left out, as in `gap8`,
 are what those few cost most. Here a gap below 128 takes a byte and one below 16,384 two: 1.08 to 1.17 bytes an id of trained

@@ -1,4 +1,4 @@
-"""Coding of new values as steps from the base's. numpy only.
+"""Coding of new values as steps from the base's.
 
 Bit patterns, mapped so that a larger number is a larger integer, and subtracted: fine-tuning moves a bf16 weight
 by a few steps. The step is zigzagged (0, -1, 1, -2, ...) and stored in 4, 8, 16 or 24 bits, with the largest number for

@@ -39,6 +39,7 @@ LEVELS = (
         "window",
     }
     | {
+        "twins",
         "coding",
         "varint",
         "zigzag",
