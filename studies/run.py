@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,7 @@ def main(
     dry: Annotated[bool, typer.Option("--dry", help="Only say what would be run.")] = False,
 ) -> None:
     """Run what is missing, and put it together after every comparison."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what `finetooth` waits for is ended too
     pool, sizes = source("pool"), source("sizes")
     if size not in sizes:
         raise typer.BadParameter(f"there is no size {size!r}: {', '.join(sizes)}.")
