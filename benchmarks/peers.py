@@ -151,6 +151,7 @@ CONTENDERS: dict[str, Callable[[nn.Module], tuple[nn.Module, Any]]] = {
     "gmt": ours("gmt"),
     "gmt-strict": ours("gmt-strict"),
     "dst": ours("dst"),
+    "dst absolute": ours("dst", relative=False),
     "hft": hft,
     "gift-sw 128": ours("gift-sw"),
     "gift-sw 3%": ours("gift-sw", keep=0.03),

@@ -131,6 +131,6 @@ def _numbers(part: Any) -> Iterable[int]:
     return (int(n) for n in found)
 
 
-def dst(relative: bool = False, zero_moments: bool = False) -> dict[str, Any]:
+def dst(relative: bool = True, zero_moments: bool = False) -> dict[str, Any]:
     """What the options of `dst` change."""
     return {"score": scores.distance(relative), "rest": reset(zero_moments)}

@@ -73,20 +73,21 @@ _ROWS = (
     ),
     Method(
         "dst",
-        "After every step, only the entries that moved furthest keep their step; the others are the base.",
+        "After every step, only the entries that moved furthest for their size keep their step; the others are the base.",
         "Dynamic Subset Tuning, arXiv 2411.08610",
-        Rule(scores.distance(), keep=0.1, pool=stem, targets="blocks"),
+        Rule(scores.distance(relative=True), keep=0.1, pool=stem, targets="blocks"),
         when=every(1),
         rest=reset(),
         state="dense",
         mask="update",
-        options={"relative": False, "zero_moments": False},
+        options={"relative": True, "zero_moments": False},
         configure=method.dst,
         deviations=(
             "A silo is one module in one layer, its bias included. The budget is round(keep * |S|), exactly.",
-            "Distances are float32 differences of the proposed weight and the base. Where Adam's first step makes them tie, "
+            "Distances are float32 differences of the proposed weight and the base. Where they tie, as absolute ones do at Adam's first step, "
             "the larger |g| wins, then the smaller index.",
-            "Relative distance divides by |base| + 1e-8; the constant is ours.",
+            "Distance is relative, divided by |base| + 1e-8 (the constant is ours), so a weight that is zero in the base comes first. In our study it "
+            "learnt as much as the absolute one (relative=False) or more, and forgot less, on all three tasks.",
             "Moments of entries that are reset are kept (zero_moments=True clears them): the paper leaves it open.",
             "Embeddings and head take part on request (targets='all').",
             "bf16: the selection is made on float32 proposals, which are then rounded stochastically, so that a chosen entry may "

@@ -70,7 +70,7 @@ def distance(relative: bool = False) -> Score:
     def score(w: Weight) -> Tensor:
         base = w.base.float()
         moved = (w.proposed - base).abs_()
-        return moved.div_(base.abs() + 1e-8) if relative else moved
+        return moved.div_(base.abs().add_(1e-8)) if relative else moved
 
     score.tie, score.by_entry = gradient, True  # type: ignore[attr-defined]
     return score
