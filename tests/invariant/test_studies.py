@@ -105,7 +105,13 @@ def test_the_card_of_the_base_says_what_was_measured(script: Any, tmp_path: Path
 def final(contender: str, seed: int, loss: float, size: float, lr: float = 1e-3) -> dict[str, Any]:
     method, _, keep = contender.partition(":keep=")
     return {
-        **{"contender": contender, "method": method, "keep": float(keep) if keep else None, "lr": lr, "seed": seed},
+        **{
+            "contender": contender,
+            "method": method,
+            "keep": float(keep.partition(":")[0]) if keep else None,
+            "lr": lr,
+            "seed": seed,
+        },
         **{
             "stage": "final",
             "error": "",
@@ -128,8 +134,11 @@ def test_tables_and_figures(script: Any, tmp_path: Path) -> None:
     core, budgets = [], []
     for seed in range(3):
         core += [final("full", seed, 0.5 + 0.1 * seed, 2e7), final("gmt:keep=0.5", seed, 0.4 + 0.1 * seed, 2e7)]
-        core += [final("random:keep=0.02", seed, 1.0 + seed, 4e5), final("dst:keep=0.02", seed, 0.7 + seed, 5e5)]
-        budgets += [final("dst:keep=0.005", seed, 0.9 + seed, 1e5)]
+        core += [
+            final("random:keep=0.02", seed, 1.0 + seed, 4e5),
+            final("dst:keep=0.02:relative=true", seed, 0.7 + seed, 5e5),
+        ]
+        budgets += [final("dst:keep=0.005:relative=true", seed, 0.9 + seed, 1e5)]
     core += [{**final("full", 0, 9.0, 2e7), "stage": "sweep"}, {**final("full", 3, 9.0, 2e7), "error": "it diverged"}]
     written(out, "core", core)
     written(out, "budgets", budgets)
@@ -144,9 +153,10 @@ def test_tables_and_figures(script: Any, tmp_path: Path) -> None:
 
     assert float(cell("rows", "gmt:keep=0.5", "task_loss_difference")) == pytest.approx(-0.1)
     assert cell("rows", "gmt:keep=0.5", "runs") == "3" == cell("rows", "full", "runs")
-    assert float(cell("front", "dst:keep=0.02", "task_loss_difference")) == pytest.approx(-0.3)
+    assert float(cell("front", "dst:keep=0.02:relative=true", "task_loss_difference")) == pytest.approx(-0.3)
     assert (
-        cell("front", "dst:keep=0.005", "task_loss_difference") == "" and cell("front", "dst:keep=0.005", "bin") == "1"
+        cell("front", "dst:keep=0.005:relative=true", "task_loss_difference") == ""
+        and cell("front", "dst:keep=0.005:relative=true", "bin") == "1"
     )
     assert not [
         row for row in table if row["table"] in ("steps", "equal-bytes", "time")
@@ -166,7 +176,7 @@ def test_runs_that_are_kept_are_read_again(script: Any, tmp_path: Path) -> None:
     draw(tmp_path / "none" / "small", to)
     assert {file.name: file.read_bytes() for file in to.iterdir()} == made
     other = tmp_path / "later" / "small"
-    written(other, "budgets", [final("dst:keep=0.005", seed, 0.9, 1e5) for seed in range(3)])
+    written(other, "budgets", [final("dst:keep=0.005:relative=true", seed, 0.9, 1e5) for seed in range(3)])
     draw(other, to)
     with (to / "runs.csv").open() as file:
         assert [row["part"] for row in csv.DictReader(file)] == ["core"] * 6 + ["budgets"] * 3
