@@ -83,28 +83,25 @@ def _escapes(gap: Any) -> Any:
 @compiled()
 def into_gap8(ids: Array, before: int, out: Array) -> None:
     """The ids' gaps as bytes; `out` has as many as `gap_sizes` says."""
-    out[:] = 255
-    at, last = U64(0), I64(before)
-    for i in range(ids.size):
-        gap = I64(ids[i]) - last - 1
-        last = I64(ids[i])
-        over = (gap * BY_255) >> 39
-        at += U64(over)
-        out[at] = np.uint8(gap + over)  # less 255 times so many, as a byte
-        at += U64(1)
+    _into_gaps(ids, before, out, np.uint8(255), BY_255, 39)
 
 
 @compiled()
 def into_gap16(ids: Array, before: int, out: Array) -> None:
     """The same in 16 bits."""
-    out[:] = 65535
+    _into_gaps(ids, before, out, np.uint16(65535), BY_65535, 47)
+
+
+@compiled(inline="always")
+def _into_gaps(ids: Array, before: int, out: Array, top: Any, inverse: Any, shift: int) -> None:
+    out[:] = top
     at, last = U64(0), I64(before)
     for i in range(ids.size):
         gap = I64(ids[i]) - last - 1
         last = I64(ids[i])
-        over = (gap * BY_65535) >> 47
+        over = (gap * inverse) >> shift
         at += U64(over)
-        out[at] = np.uint16(gap + over)
+        out[at] = out.dtype.type(gap + over)  # less `top` times so many, as it wraps around
         at += U64(1)
 
 
