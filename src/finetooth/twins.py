@@ -1,8 +1,8 @@
 """Whether the loops of a delta's codings are numpy's, or their compiled twins (`kernels/numba_coding.py`).
 
-The twins are about as fast as a copy, six to ten times as fast as numpy, but are compiled in every process anew, which takes some
-two seconds. So a process takes numpy's loops until these have taken about as long, and from then on the twins, where numba is
-installed. Whatever it has yet to code, that costs at most twice what the better of the two would have.
+The twins have about half the speed of a copy where numpy's loops have a tenth (docs/benchmarks.md), but are compiled in every process
+anew, which takes seconds. So a process takes numpy's loops until these have taken seconds too, and from then on the twins, where numba is
+installed: whatever it has yet to code, that costs about twice at most what the better of the two would have.
 
 Both give the same bits. Not covered by the twins: bitmaps, whose loops numpy vectorizes, ids of 64 bits, machines that are big-endian.
 """

@@ -47,5 +47,5 @@ def test_on_a_llama(row: str) -> None:
         masks.append({n: s.mask() for n, s in opt.selections().items()})
     union = sum(int((masks[0][n] | masks[1][n]).sum()) for n in masks[0])
     both = sum(int((masks[0][n] & masks[1][n]).sum()) for n in masks[0])
-    # Measured on three seeds: 1.0 for all rows but dst (0.982 to 0.991), where the last bits of |g| split Adam's ties.
-    assert both / union > (0.95 if row == "dst" else 0.999)
+    # Absolute distance in dst would be 0.982 to 0.991 (three seeds): there the last bits of |g| split the ties of Adam's first step.
+    assert both / union > 0.999
