@@ -97,6 +97,25 @@ def test_json_on_stdout_has_no_nan(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == {"before": {"task_loss": None}}
 
 
+def test_nothing_measured_is_no_empty_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from finetooth.cli import show
+
+    told = {
+        **RESULTS,
+        "method": "gmt",
+        "seconds": 1,
+        "run": "run",
+        "sample": None,
+        "skipped_steps": 0,
+        "forgetting": None,
+    }
+    for found in (told, {**told, "before": {}, "after": {}}):
+        show.results(found, as_json=False)
+        out = capsys.readouterr().out
+        assert "base fine-tuned with gmt, 1 s" in out
+        assert ("after" in out) == ("task loss" in out) == bool(found["after"])
+
+
 def test_the_last_step_is_logged_and_reported(tmp_path: Path) -> None:
     """Also where its number is no multiple of the interval: else the bar ends with the loss of long ago."""
     from finetooth import train

@@ -91,7 +91,7 @@ def results(found: dict[str, Any], as_json: bool) -> None:
         _json(found)
         return
     console = Console(file=sys.stdout)
-    console.print(_numbers(found, f"{found['base']} fine-tuned with {found['method']}, {found['seconds']:.0f} s"))
+    _numbers(console, found, f"{found['base']} fine-tuned with {found['method']}, {found['seconds']:.0f} s")
     facts = Table(show_header=False, box=None)
     facts.add_row("weights changed", f"{found['changed']:,} of {found['weights']:,} ({found['share']:.1%})")
     facts.add_row("delta on disk", f"{found['delta_bytes']:,} bytes")
@@ -177,16 +177,15 @@ def appraisal(found: dict[str, Any], as_json: bool) -> None:
         _json(found)
         return
     console = Console(file=sys.stdout)
-    console.print(_numbers(found, found["base"] + (f" and {found['run']}" if found["run"] else "")))
+    _numbers(console, found, found["base"] + (f" and {found['run']}" if found["run"] else ""))
     if found["run"]:
         console.print(Text(f"written to {_folder(found['run'])}/eval.json"))
 
 
-def _numbers(found: dict[str, Any], title: str) -> Table:
-    """What was measured of the base and, where there is one, of the tuned model."""
+def _numbers(console: Console, found: dict[str, Any], title: str) -> None:
+    """Print what was measured, if anything was, of the base and, where there is one, of the tuned model."""
     before, after = found["before"], found["after"]
-    table = Table(title=Text(title), title_justify="left")
-    table.add_column("")
+    table = Table("")
     for name in ("base",) if after is None else ("before", "after"):
         table.add_column(name, justify="right")
     for name in before if after is None else after:
@@ -194,7 +193,9 @@ def _numbers(found: dict[str, Any], title: str) -> Table:
         table.add_row(Text(_title(name)), *map(figure, values))
     if found["forgetting"] is not None:
         table.add_row("forgetting (after − before)", "", f"{found['forgetting']:+.3f}")
-    return table
+    console.print(Text(title, "italic"))
+    if table.rows:
+        console.print(table)
 
 
 def _title(name: str) -> str:
