@@ -6,6 +6,7 @@ stdout carries the result and nothing else, so that `--json` can be piped; progr
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 import warnings
@@ -280,9 +281,10 @@ def contrast(found: dict[str, Any], as_json: bool) -> None:
     if as_json:
         _json(found)
         return
-    table = Table(title=f"entries {found['counted']}", title_justify="left")
+    title = f"entries {found['counted']} by A only, by B only, or by both: to equal or to different bits"
+    table = Table(title=title, title_justify="left")
     table.add_column("tensor", overflow="fold")
-    for name in ("A only", "B only", "both, equal", "both, different", "cosine"):
+    for name in ("A only", "B only", "equal", "different", "cosine"):
         table.add_column(name, justify="right")
     for row in (*found["tensors"], {**found, "name": "all"}):
         counts = [f"{row[key]:,}" for key in ("first", "second", "same", "different")]
@@ -323,12 +325,8 @@ def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
     table.add_column(overflow="fold")
     for key, value in found.items():
         if value is not None:
-            table.add_row(key.replace("_", " "), Text(_fact(key, value)))
+            table.add_row(key.replace("_", " "), Text(printable(_said(key, value))))
     Console(file=sys.stdout).print(table)
-
-
-def _fact(key: str, value: Any) -> str:
-    return printable(_said(key, value))
 
 
 def _said(key: str, value: Any) -> str:
@@ -337,7 +335,12 @@ def _said(key: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {v}" for k, v in value.items()) or "none"
+        apart = "\n" if any(isinstance(v, dict) for v in value.values()) else ", "
+        return apart.join(f"{k}: {_section(v)}" for k, v in value.items()) or "none"
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _section(value: Any) -> str:
+    return json.dumps({k: v for k, v in value.items() if v is not None}) if isinstance(value, dict) else str(value)
