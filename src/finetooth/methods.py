@@ -87,7 +87,7 @@ _ROWS = (
             "Distances are float32 differences of the proposed weight and the base. Where they tie, as absolute ones do at Adam's first step, "
             "the larger |g| wins, then the smaller index.",
             "Distance is relative, divided by |base| + 1e-8 (the constant is ours), so a weight that is zero in the base comes first. In our study it "
-            "learnt as much as the absolute one (relative=False) or more, and forgot less, on all three tasks.",
+            "learnt as much as the absolute one (relative=False) or more, and forgot less, on all four tasks.",
             "Moments of entries that are reset are kept (zero_moments=True clears them): the paper leaves it open.",
             "Embeddings and head take part on request (targets='all').",
             "bf16: the selection is made on float32 proposals, which are then rounded stochastically, so that a chosen entry may "
