@@ -78,7 +78,8 @@ def test_conflicts_and_diff(lab: Path) -> None:
     assert [found[k] for k in ("first", "second", "same", "different")] == [2, 2, 0, 2]
     assert found["cosine"] == pytest.approx(-0.5, abs=1e-6)  # of differences that are rounded
     assert ok("diff", lab / "a", lab / "a")["same"] == 4
-    assert "different" in run("diff", lab / "a", lab / "b").stdout
+    last = next(line for line in run("diff", lab / "a", lab / "b").stdout.splitlines() if line.startswith("│ all"))
+    assert [cell.strip() for cell in last.split("│")[2:6]] == ["2", "2", "0", "2"]
 
 
 def test_trim(lab: Path) -> None:

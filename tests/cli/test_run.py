@@ -116,6 +116,14 @@ def test_nothing_measured_is_no_empty_table(capsys: pytest.CaptureFixture[str]) 
         assert ("after" in out) == ("task loss" in out) == bool(found["after"])
 
 
+def test_a_recipe_is_told_section_by_section(capsys: pytest.CaptureFixture[str]) -> None:
+    from finetooth.cli import show
+
+    show.facts({"recipe": {"model": "m", "data": {"separator": "\n", "eval": None}}}, False, "a delta")
+    lines = [line.split("│")[2].strip() for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert lines == ["model: m", r'data: {"separator": "\n"}']
+
+
 def test_the_last_step_is_logged_and_reported(tmp_path: Path) -> None:
     """Also where its number is no multiple of the interval: else the bar ends with the loss of long ago."""
     from finetooth import train
