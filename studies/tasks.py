@@ -32,8 +32,8 @@ TASKS = {
     "tatoeba": ("tasks/tatoeba_en_es", 32),
     "e2e": ("tasks/e2e_nlg", 80),
     "mawps": ("tasks/mawps", 72),
-    "gsm8k": ("tasks/gsm8k", 160),
-    "preferences": ("preferences/gsm8k_solutions", 160),
+    "gsm8k": ("tasks/gsm8k", 256),
+    "preferences": ("preferences/gsm8k_solutions", 256),
 }
 DOMAINS = ("novels", "novels_eltec", "peps", "rust_rfcs", "factbook", "tinystories")
 LONGEST = 500  # tokens of a document: the base was pretrained on windows of 512
@@ -50,18 +50,21 @@ def prepare(data: Path, out: Path, select: int, general: int, base: str) -> None
     tokenizer = AutoTokenizer.from_pretrained(base)
     tokenizer.model_max_length = 10**9  # rows and documents are cut here
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    told = {"select": select, "general": general, "vocabulary": vocabulary}
+    longest = {name: most for name, (_, most) in TASKS.items()}
+    told = {"select": select, "general": general, "longest": longest, "vocabulary": vocabulary}
     if (file := out / "manifest.json").is_file():
         if (known := json.loads(file.read_text(encoding="utf-8"))) != told:
             raise typer.BadParameter(f"{out} was made with {known}, and now it is {told}: give another --out.")
         return
     counts: dict[str, dict[str, int]] = {}
-    for name, (folder, longest) in TASKS.items():
-        learn, test = (
-            short(rows(data / folder / f"{part}.jsonl.gz"), tokenizer, longest) for part in ("train", "test")
-        )
+    for name, (folder, most) in TASKS.items():
+        learn, test = (short(rows(data / folder / f"{part}.jsonl.gz"), tokenizer, most) for part in ("train", "test"))
         parts = split(learn, test, select)
         counts[name] = {part: len(found) for part, found in parts.items()}
+        if len(parts["train"]) < select or len(parts["test"]) < select // 2:
+            raise typer.BadParameter(
+                f"{name} has too few rows of at most {most} tokens: {counts[name]}, and {select} to choose by."
+            )
         (out / name).mkdir(parents=True, exist_ok=True)
         for part, found in parts.items():
             lines = (json.dumps(r, ensure_ascii=False) for r in found)
