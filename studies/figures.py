@@ -87,9 +87,9 @@ def _figure(lines: Lines, how: dict[str, Any]) -> Figure:
         return fronts(lines, len(how["edges"]) - 1)
     if how["kind"] == "rates":
         return sweeps(lines)
-    return intervals(
-        lines, ("forgetting",) if how["kind"] == "equal" else (how.get("number", "task_loss"), "forgetting")
-    )
+    numbers = ("forgetting",) if how["kind"] == "equal" else (how.get("number", "task_loss"), "forgetting")
+    first = how["contenders"][0] if "contenders" in how else next(iter(lines.values()))[0]["contender"]
+    return intervals(lines, numbers, first)
 
 
 def _csv(file: Path, rows: list[Row]) -> Path:
@@ -100,8 +100,8 @@ def _csv(file: Path, rows: list[Row]) -> Path:
     return file
 
 
-def intervals(lines: Lines, numbers: Iterable[str]) -> Figure:
-    """Differences; left of the line is better, as all of these numbers are less when better."""
+def intervals(lines: Lines, numbers: Iterable[str], first: str) -> Figure:
+    """Differences from the first; left of the line is better, as all of these numbers are less when better."""
     numbers = list(numbers)
     known = (x["contender"] for own in lines.values() for x in own if x.get(f"{numbers[0]}_difference") is not None)
     labels = list(dict.fromkeys(known))
@@ -113,10 +113,12 @@ def intervals(lines: Lines, numbers: Iterable[str]) -> Figure:
             spread = [x[f"{key}_interval"] or 0.0 for x in shown]
             axes.errorbar([x[f"{key}_difference"] for x in shown], y, xerr=spread, fmt="o", ms=3, lw=0.8, label=recipe)
         axes.axvline(0, color="black", lw=0.6)
-        axes.set_xlabel(f"{key.replace('_', ' ')}: difference, 95 % interval")
+        axes.locator_params(axis="x", nbins=6)
+        axes.set_xlabel(key.replace("_", " "))
         _plain(axes)
         axes.set_yticks(range(len(labels)), labels)
     axes.invert_yaxis()
+    figure.suptitle(f"Differences from {first}, with their 95 % intervals: left of 0 is better", fontsize=8)
     _legend(axes)
     return figure
 
