@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 from trl import SFTConfig
 
@@ -139,13 +140,14 @@ def make_trainer(job: Job, opt: SelectiveAdamW, progress: Progress | None) -> Tr
     return trainer
 
 
-def fitted(trainer: Trainer, checkpoint: Path | None = None) -> dict[str, Any]:
+def fitted(trainer: transformers.Trainer, checkpoint: Path | None = None) -> dict[str, Any]:
     """Train. How many seconds that took without checkpoints, which nobody knows of a run that was resumed, and the most memory held by its end."""
     began = time.monotonic()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    seconds = round(time.monotonic() - began - trainer.saving_seconds, 2) if checkpoint is None else None
+    saving = getattr(trainer, "saving_seconds", 0.0)  # ours knows it
+    seconds = round(time.monotonic() - began - saving, 2) if checkpoint is None else None
     return {"train_seconds": seconds, "train_peak_bytes": peak_bytes()}
 
 
