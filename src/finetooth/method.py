@@ -33,6 +33,9 @@ class Method:
     state: State = "compact"
     mask: Mask = "gradient"
     deviations: tuple[str, ...] = ()
+    rates: tuple[float, float] | None = (
+        None  # the best learning rates in studies/, in those of full fine-tuning on the same task
+    )
     calibration: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     configure: Callable[..., dict[str, Any]] | None = None

@@ -205,8 +205,16 @@ def test_methods() -> None:
     ]
     assert all(r["deviations"] and r["paper"] for r in rows)
     page = runner.invoke(app, ["methods", "dst"])
-    assert "2411.08610" in page.stdout and "silo" in page.stdout
+    assert "2411.08610" in page.stdout and "silo" in page.stdout and "9 to 27 times that of full" in page.stdout
     assert runner.invoke(app, ["methods", "dts"]).exit_code == 2
+
+
+@pytest.mark.parametrize(("given", "said"), [({}, True), ({"lr": 1e-4}, False)])
+def test_a_rate_that_nobody_chose(given: dict[str, float], said: bool, tmp_path: Path) -> None:
+    """Said once, for a row that wants a larger one; not of the same number where it was written down."""
+    method = {"name": "random", "keep": 0.01}
+    found = runner.invoke(app, ["train", str(recipe(tmp_path, method=method, optimizer=given)), "--json"])
+    assert found.exit_code == 0 and ("optimizer.lr is left at 0.0001" in found.stderr) is said
 
 
 def test_square_brackets_are_shown(tmp_path: Path) -> None:

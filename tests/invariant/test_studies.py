@@ -16,6 +16,7 @@ from transformers import AutoConfig
 
 from finetooth import recipe as recipes
 from finetooth.contest import contenders
+from finetooth.methods import METHODS
 from finetooth.recipe import MethodPart, parse
 
 STUDIES = Path(__file__).resolve().parents[2] / "studies"
@@ -87,6 +88,19 @@ def test_differences_on_the_page() -> None:
     tables = (STUDIES / "results" / "tables.md").read_text(encoding="utf-8")
     across = tables[tables.index("## Across tasks\n") + len("## Across tasks\n") : tables.index("## 1.")]
     assert across in (STUDIES / "README.md").read_text(encoding="utf-8")
+
+
+def test_rates_of_the_rows() -> None:
+    """Those that `finetooth methods` tells: the best ones of all budgets, in those of full fine-tuning on the same task."""
+    with (STUDIES / "results" / "runs.csv").open(encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["stage"] == "final" and r["recipe"] in POOL["core"]["recipes"]]
+    rows = [r for r in rows if r["part"] in ("core", "sparse", "middle", "relative") or r["part"].startswith("budgets")]
+    full = {r["recipe"]: float(r["lr"]) for r in rows if r["method"] == "full"}
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(round(float(row["lr"]) / full[row["recipe"]], 2))
+    best = {name: (min(all_), max(all_)) for name, all_ in found.items() if name in METHODS and name != "full"}
+    assert best == {name: row.rates for name, row in METHODS.items() if row.rates}
 
 
 def test_the_card_of_the_base_says_what_was_measured(script: Any, tmp_path: Path) -> None:

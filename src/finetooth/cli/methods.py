@@ -40,6 +40,7 @@ def _row(m: Any) -> dict[str, Any]:
         "summary": m.summary,
         "paper": m.paper,
         "defaults": defaults,
+        "rates": m.rates,
         "calibration": m.calibrated,
         "deviations": list(m.deviations),
     }
@@ -68,6 +69,9 @@ def _page(row: dict[str, Any]) -> None:
     for key, value in row["defaults"].items():
         typer.echo(f"  {key}: {value}")
     typer.echo(f"  calibration batches: {'yes' if row['calibration'] else 'no'}\n")
+    if row["rates"]:
+        low, high = row["rates"]
+        typer.echo(f"learning rate: in our study the best was {low:g} to {high:g} times that of full fine-tuning\n")
     typer.echo("where it deviates from the paper, or the paper leaves a point open")
     for point in row["deviations"]:
         typer.echo(f"  - {point}")
