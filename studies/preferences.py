@@ -7,6 +7,8 @@ with its delta taken off; for LoRA and SHiRA, with its adapter off.
     preference accuracy    how often the chosen completion gained more log-likelihood than the rejected one; the base has none
     margin                 by how much, times β
 
+TRL means these over batches of 16 pairs, the last of which may be smaller and counts as much.
+
 Not covered: resuming; a run that was interrupted begins anew.
 """
 
