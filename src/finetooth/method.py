@@ -33,9 +33,7 @@ class Method:
     state: State = "compact"
     mask: Mask = "gradient"
     deviations: tuple[str, ...] = ()
-    rates: tuple[float, float] | None = (
-        None  # the best learning rates in studies/, in those of full fine-tuning on the same task
-    )
+    rates: tuple[float, float] | None = None  # the best learning rates in studies/, in those of full fine-tuning
     calibration: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     configure: Callable[..., dict[str, Any]] | None = None
