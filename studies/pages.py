@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 TOLD = {
     "differences": "Differences from the first line.",
     "curve": "Differences from the first line.",
-    "bins": "Differences from `random` in the same bin of stored bytes; **bold** is on the front of its bin.",
+    "bins": "Differences from the `random` whose file is nearest in size, if it differs by no more than half; **bold** is on the front of its bin.",
     "rates": "Each run of the sweeps, the first seed, on the rows by which a rate is chosen; **bold** is on the front of all of them.",
     "equal": "How much more it forgets at the same task loss than `{}`, from runs at several rates.",
 }
@@ -54,9 +54,12 @@ def _table(rows: Sequence[Row], number: str, kind: str) -> str:
         label = f"**{row['contender']}**" if row.get("front") else row["contender"]
         cells = [label, f"{row['lr']:g}", str(row["runs"]), *(_cell(row, key) for key in keys)]
         cells.append("–" if row.get("delta_bytes") is None else f"{row['delta_bytes'] / 1e3:,.0f}")
-        lines.append(f"| {' | '.join([*([str(row['bin'])] if kind == 'bins' else []), *cells])} |")
-    heads = ["contender", "lr", "seeds", *(key.replace("_", " ") for key in keys), "stored kB"]
-    return joined(["bin", *heads], lines, left=2) if kind == "bins" else joined(heads, lines, left=1)
+        if kind == "bins":
+            cells = [str(row["bin"]), cells[0], row["against"] or "–", *cells[1:]]
+        lines.append(f"| {' | '.join(cells)} |")
+    first = ["bin", "contender", "beside"] if kind == "bins" else ["contender"]
+    heads = [*first, "lr", "seeds", *(key.replace("_", " ") for key in keys), "stored kB"]
+    return joined(heads, lines, left=len(first))
 
 
 def joined(heads: Sequence[str], lines: Sequence[str], left: int) -> str:

@@ -111,27 +111,44 @@ def known(rows: Iterable[Row], lines: Iterable[Row]) -> list[Row]:
 
 
 def bins(rows: Sequence[Row], edges: Sequence[float]) -> list[Row]:
-    """Lines of contenders bin by bin of their stored bytes, with the front of each and the differences from its largest `random`.
+    """Lines of contenders bin by bin of their stored bytes, with the front of each.
+
+    Differences are from the `random` of the nearest size, named as `against`, if its file and theirs differ by no more than half.
 
     >>> made = [("random:keep=0.1", 2.0), ("grad:keep=0.1", 1.5), ("gmt", 1.0)]
     >>> rows = [{"contender": c, "method": c.split(":")[0], "keep": None, "lr": 1.0, "seed": 0, "error": "", "task_loss": x,
     ...          "forgetting": 1.0, "delta_bytes": 9e6 if c == "gmt" else 1e5} for c, x in made]
-    >>> [(r["contender"], r["bin"], r["front"], r["task_loss_difference"]) for r in bins(rows, [0, 1e6, 1e9])]
-    [('random:keep=0.1', 0, False, None), ('grad:keep=0.1', 0, True, -0.5), ('gmt', 1, True, None)]
+    >>> [(r["contender"], r["bin"], r["front"], r["against"], r.get("task_loss_difference")) for r in bins(rows, [0, 1e6, 1e9])]
+    [('random:keep=0.1', 0, False, None, None), ('grad:keep=0.1', 0, True, 'random:keep=0.1', -0.5), ('gmt', 1, True, None, None)]
     """
     size = {line["contender"]: line["delta_bytes"] for line in tally.summary(rows)} if rows else {}
+    chance = [c for c in size if c.startswith("random:") and "unit=" not in c]
     found = []
     for i, (least, most) in enumerate(pairwise(edges)):
         own = [r for r in rows if least <= size[r["contender"]] < most]
-        if not own:
-            continue
-        chance = sorted({r["contender"] for r in own if r["method"] == "random"}, key=lambda c: size[c])
-        lines = tally.summary(own, chance[-1] if chance else None)
-        if not chance:
-            lines = [{k: None if k.endswith(("_difference", "_interval")) else v for k, v in x.items()} for x in lines]
+        lines = [
+            _beside(rows, label, nearest(size, label, chance)) for label in dict.fromkeys(r["contender"] for r in own)
+        ]
         front = tally.front(lines, "task_loss")
         found += [{"bin": i, "front": line["contender"] in front, **line} for line in known(own, lines)]
     return found
+
+
+def nearest(size: Mapping[str, float], label: str, others: Sequence[str], within: float = 1.5) -> str | None:
+    """Of `others` the one whose size is nearest to that of `label`, if it is within that factor.
+
+    >>> nearest({"a": 10.0, "b": 14.0, "c": 30.0}, "a", ["b", "c"]), nearest({"a": 10.0, "c": 30.0}, "a", ["c"])
+    ('b', None)
+    """
+    apart = {other: abs(math.log(size[other] / size[label])) for other in others}
+    best = min(apart, key=lambda other: apart[other], default=None)
+    return best if best is not None and label not in others and apart[best] <= math.log(within) else None
+
+
+def _beside(rows: Sequence[Row], label: str, other: str | None) -> Row:
+    """The line of one contender, with its differences from another one, if there is one."""
+    lines = tally.summary([r for r in rows if r["contender"] in (label, other)], other or label)
+    return {"against": other, **next(line for line in lines if line["contender"] == label)}
 
 
 def rates(rows: Sequence[Row]) -> list[Row]:

@@ -54,7 +54,13 @@ def prepare(data: Path, out: Path, select: int, general: int, base: str) -> None
     tokenizer.model_max_length = 10**9  # rows and documents are cut here
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     longest = {name: most for name, (_, most) in TASKS.items()}
-    told = {"select": select, "general": general, "longest": longest, "vocabulary": vocabulary, "shifted": list(SHIFTED)}
+    told = {
+        "select": select,
+        "general": general,
+        "longest": longest,
+        "vocabulary": vocabulary,
+        "shifted": list(SHIFTED),
+    }
     if (file := out / "manifest.json").is_file():
         if (known := json.loads(file.read_text(encoding="utf-8"))) != told:
             raise typer.BadParameter(f"{out} was made with {known}, and now it is {told}: give another --out.")

@@ -11,7 +11,8 @@ delta is saved, and its bytes are counted). Two are wrapped: tokenizer and promp
 weights is ours, as a selective method knows better than `requires_grad` does. Clipping is in our step, so the script's own is set to 0: the norm is the same 1.0.
 Row and options stand among the `optimizer_kwargs` of the result.
 
-A row that measures first takes `--calibration-batches` batches from the beginning of the training data, as the script makes them.
+A row that measures first takes `--calibration-batches` batches from the beginning of the training data, as the script makes them; `ssu`, which
+shields what matters elsewhere, takes as many of `--source`. A row that wants to know the steps of the run (`spiel`) is told.
 The script writes a result with the status "canceled" where its loop raises an error; here that ends with exit code 1.
 
 `--dry-run` runs all of that code with the embedded model, made-up sums for data, a few steps and a CPU, for which it stands
@@ -37,10 +38,12 @@ from torch import nn
 
 import finetooth
 from finetooth.assemble import check_options
+from finetooth.data import documents
 from finetooth.nearest import hint
 
 HERE = Path(__file__).resolve().parent
 CLIP, WEIGHT_DECAY = 1.0, 0.1  # the protocol's
+LONGEST = 768  # tokens of a text that is shielded, as of the protocol's rows
 OURS = {
     "optimizer_kwargs": "--lr, --weight-decay and --set",
     "optimizer_type": "--row",
@@ -52,10 +55,17 @@ class Row:
     """Stands in for functions of PEFT's script, and remembers what they have to know of each other."""
 
     def __init__(
-        self, run: ModuleType, name: str, options: dict[str, Any], batches: int, model_id: str, out: Path
+        self,
+        run: ModuleType,
+        name: str,
+        options: dict[str, Any],
+        batches: int,
+        model_id: str,
+        out: Path,
+        source: Path | None = None,
     ) -> None:
         self.run, self.name, self.options, self.batches = run, name, options, batches
-        self.model_id, self.out = model_id, out
+        self.model_id, self.out, self.source = model_id, out, source
         self.tokenizer: Any = None
         self.error = ""
         self.optimizer: finetooth.SelectiveAdamW | None = None
@@ -82,7 +92,9 @@ class Row:
     ) -> tuple[Any, Any]:
         from transformers import get_constant_schedule, get_cosine_schedule_with_warmup
 
-        calibration = self.calibration(model) if finetooth.METHODS[self.name].calibration else None
+        wanted = finetooth.METHODS[self.name]
+        calibration = (self.shielded if wanted.source else self.calibration)(model) if wanted.calibrated else None
+        steps = {"steps": max_steps} if "steps" in wanted.options else {}
         self.optimizer = finetooth.build(
             self.name,
             model,
@@ -91,7 +103,7 @@ class Row:
             max_grad_norm=CLIP,
             calibration=calibration,
             base=self.model_id,
-            **self.options,
+            **{**steps, **self.options},
         )
         if lr_scheduler_arg is None:
             return self.optimizer, get_constant_schedule(self.optimizer)
@@ -116,6 +128,17 @@ class Row:
             found.append({**padded, "labels": labels})
             if len(found) == self.batches:
                 break
+        return found
+
+    def shielded(self, model: nn.Module) -> list[dict[str, torch.Tensor]]:
+        """Batches of what must not be forgotten: the first texts of `source`, cut to `LONGEST` tokens."""
+        assert self.source is not None, "main asks for it"
+        texts = documents(self.source)[: self.batches * self.batch_size]
+        found = []
+        for at in range(0, len(texts), self.batch_size):
+            rows = self.tokenizer(texts[at : at + self.batch_size], truncation=True, max_length=LONGEST)
+            padded = self.tokenizer.pad(rows, return_tensors="pt").to(model.device)
+            found.append({**padded, "labels": padded["input_ids"].masked_fill(padded["attention_mask"] == 0, -100)})
         return found
 
     def get_file_size(self, model: nn.Module, *, print_fn: Any, **_: Any) -> int:
@@ -175,6 +198,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--calibration-batches", type=int, default=16)
     parser.add_argument(
+        "--source", type=Path, metavar="TEXT", help="texts that must not be forgotten, for a row that shields (ssu)"
+    )
+    parser.add_argument(
         "--params", default="{}", metavar="JSON", help="more for training_params.json, such as '{\"seed\": 1}'"
     )
     parser.add_argument("--name", help="of the experiment; default: row, options and lr")
@@ -187,6 +213,14 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--params: {key} is set by {OURS[key]}.")
     if given.row not in finetooth.METHODS:
         parser.error(f"there is no row {given.row!r}.{hint(given.row, finetooth.METHODS)}")
+    if finetooth.METHODS[given.row].source != (given.source is not None):
+        parser.error(
+            f"--source is not read by {given.row}."
+            if given.source
+            else f"{given.row} shields what matters on other data than it trains on: give texts of that, --source TEXT."
+        )
+    if given.source is not None and not given.source.is_file():
+        parser.error(f"--source: there is no file {given.source}.")
     return given
 
 
@@ -196,6 +230,7 @@ def main() -> None:
     check_options(given.row, {k: v for k, v in options.items() if k != "keep"}, options.get("keep"))
     name = given.name or "-".join([given.row, *(f"{k}_{v}" for k, v in options.items()), f"lr_{given.lr:g}"])
     out = (given.out / name).resolve()
+    source = None if given.source is None else given.source.resolve()
     params = {
         "optimizer_kwargs": {
             "lr": given.lr,
@@ -218,7 +253,7 @@ def main() -> None:
         run = importlib.import_module("run")
     run.print_verbose = lambda *said, **_: sys.stderr.write(" ".join(map(str, said)) + "\n")  # type: ignore[attr-defined]
     path = experiment(folder, name, params)
-    row = Row(run, given.row, options, given.calibration_batches, _model(folder, params), out)
+    row = Row(run, given.row, options, given.calibration_batches, _model(folder, params), out, source)
     try:
         play(run, path, row)
     finally:

@@ -53,11 +53,12 @@ def read(folder: Path) -> Comparison:
 def page(compared: Comparison) -> Page:
     """The report of a comparison."""
     found, lines = compared.found, compared.found["summary"]
-    recipe, failed = found["recipe"], [row for row in found["runs"] if row["error"]]
+    recipe, made = found["recipe"], tally.distinct(found["runs"])
+    failed = [row for row in made if row["error"]]
     seeds, rates = {row["seed"] for row in found["runs"]}, {row["lr"] for row in found["runs"]}
     title = f"{len(lines)} methods on {recipe['model'].rpartition(':')[2].rpartition('/')[2]}"
-    under = f"{compared.folder.resolve().name} · {recipe['data']['train']} · {len(found['runs']):,} runs, {len(seeds)} seeds, {len(rates)} learning rates"
-    state = f"{len(failed)} of {len(found['runs'])} runs failed: see the runs." if failed else ""
+    under = f"{compared.folder.resolve().name} · {recipe['data']['train']} · {len(made):,} runs, {len(seeds)} seeds, {len(rates)} learning rates"
+    state = f"{len(failed)} of {len(made)} runs failed: see the runs." if failed else ""
     if not lines:
         return Page(title, under, state or "No run has ended.", sections=[_runs(compared)])
     parts = [
@@ -161,7 +162,7 @@ def _sweep(compared: Comparison) -> Section:
 
 
 def _runs(compared: Comparison) -> Section:
-    rows = compared.found["runs"]
+    rows = tally.distinct(compared.found["runs"])
     key = tally.quality(rows)
     names = ["task_loss", *([key] if key != "task_loss" else []), "forgetting"]
     lines = [

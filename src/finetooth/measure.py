@@ -13,6 +13,7 @@ from finetooth.base import bits
 from finetooth.data import Prepared, Tokens
 from finetooth.delta import Delta
 from finetooth.jobs import Job
+from finetooth.method import span
 from finetooth.methods import METHODS
 from finetooth.optim import SelectiveAdamW
 from finetooth.rest import quantized_rest
@@ -134,9 +135,10 @@ def remarks(job: Job) -> list[str]:
     taken = how.batch_size * how.accumulate
     more = [f"a step takes {taken} rows and there are {rows}: every epoch is one step."] if taken > rows else []
     rate, row = job.recipe.optimizer, METHODS[job.recipe.method.name]
-    if "lr" not in rate.model_fields_set and row.rates and row.rates[0] > 1:
-        low, high = row.rates
+    near = row.rates_near(job.recipe.method.keep)
+    if "lr" not in rate.model_fields_set and near is not None and near[1][0] > 1:
         more.append(
-            f"optimizer.lr is left at {rate.lr:g}, which is one for full fine-tuning: in our study {row.name} did best at {low:g} to {high:g} times its rate."
+            f"optimizer.lr is left at {rate.lr:g}, which is one for full fine-tuning: in our study {row.name} with keep={near[0]:g} did best at "
+            f"{span(near[1])} times its rate."
         )
     return preflight.remarks(job.train, job.eval, preflight.stops(job.recipe.model, job.tokenizer)) + more

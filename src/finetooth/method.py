@@ -6,8 +6,9 @@ A row is data. `options` are what a row takes beyond the fields every row has (`
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,19 @@ from finetooth.rule import Exchange, Rule, cosine, linear
 from finetooth.when import When, once
 
 DECAYS = {"linear": linear, "cosine": cosine}
+
+
+# By the share that trains: the smallest and the largest of the best learning rates in studies/, in those of full fine-tuning.
+Rates = Mapping[float, tuple[float, float]]
+
+
+def span(rates: Sequence[float]) -> str:
+    """The smallest and the largest, in words.
+
+    >>> span((9, 27)), span((3, 3))
+    ('9 to 27', '3')
+    """
+    return " to ".join(f"{rate:g}" for rate in dict.fromkeys(rates))
 
 
 @dataclass(frozen=True)
@@ -33,7 +47,7 @@ class Method:
     state: State = "compact"
     mask: Mask = "gradient"
     deviations: tuple[str, ...] = ()
-    rates: tuple[float, float] | None = None  # the best learning rates in studies/, in those of full fine-tuning
+    rates: Rates = field(default_factory=dict)
     calibration: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     configure: Callable[..., dict[str, Any]] | None = None
@@ -45,6 +59,20 @@ class Method:
     def calibrated(self) -> bool:
         """Whether `build` wants calibration batches."""
         return bool(self.calibration)
+
+    def rates_near(self, keep: Any = None) -> tuple[float, tuple[float, float]] | None:
+        """Of the budgets whose best learning rates are known the nearest to `keep`, or to this row's own, with its rates.
+
+        None where there is none, or where `keep` is a count and there are several.
+
+        >>> from finetooth.methods import METHODS
+        >>> METHODS["hft"].rates_near()
+        (0.5, (1, 3))
+        """
+        share = self.defaults["keep"] if keep is None else keep
+        if not isinstance(share, float):
+            return next(iter(self.rates.items())) if len(self.rates) == 1 else None
+        return min(self.rates.items(), key=lambda item: abs(math.log(item[0] / share)), default=None)
 
     @property
     def defaults(self) -> dict[str, Any]:

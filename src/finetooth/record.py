@@ -128,6 +128,8 @@ class Record:
         if not self.selection or "first" not in self.selection[0]:
             return None
         of, first = self.selection[0]["of"], self.selection[0]["chosen"]
+        if all(n in (0, of[name]) for name, n in first.items()):
+            return None  # whole tensors: chance would choose others, and of which it would, only the rule knows
         return float(sum(n * n / of[name] for name, n in first.items()) / max(sum(first.values()), 1))
 
 

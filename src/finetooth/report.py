@@ -59,7 +59,9 @@ def _tiles(run: Record) -> list[Tile]:
         tiles.append(Tile("weights changed", f"{found['share']:.2%}", f"{changed:,} of {found['weights']:,}"))
         tiles.append(Tile("delta on disk", size(stored), f"{stored / max(changed, 1):.2f} bytes a changed weight"))
     if "seconds" in found:
-        tiles.append(Tile("time", clock(found["seconds"]), "loading and both evaluations included"))
+        known = "loading and evaluation included"
+        said = known if found["seconds"] is not None else "not known of a run that was resumed"
+        tiles.append(Tile("time", clock(found["seconds"]), said))
     peak = found.get("train_peak_bytes") or found.get("peak_bytes") or {}
     if held := peak.get("gpu", peak.get("host")):
         tiles.append(Tile("peak memory", size(held), "of the GPU" if "gpu" in peak else "of the process"))

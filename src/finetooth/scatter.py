@@ -41,10 +41,12 @@ def pareto(found: Mapping[str, Any]) -> bytes:
 
 
 def _contender(axes: Any, i: int, line: Mapping[str, Any], runs: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Mean and standard deviation of the final runs; the sweep, thin, behind them."""
+    """Mean and standard deviation of the final runs; the sweep, thin, behind them, if it was measured on the same rows: then one run is both."""
     if line[key] is None or line["forgetting"] is None:
         return
     swept = sorted((r for r in runs if r["stage"] == "sweep" and r.get(key) is not None), key=lambda r: r["lr"])
+    if not {r["run"] for r in swept} & {r["run"] for r in runs if r["stage"] == "final"}:
+        swept = []
     color = f"C{i % 10}"
     axes.plot([r[key] for r in swept], [r["forgetting"] for r in swept], color=color, linewidth=0.6, alpha=0.5)
     spread = {"xerr": line[f"{key}_sd"], "yerr": line["forgetting_sd"], "elinewidth": 0.8}

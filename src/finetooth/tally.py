@@ -88,6 +88,19 @@ def further(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
+def distinct(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Every run once, with its stages: without rows to choose by, the best run of a sweep is the first of the final ones.
+
+    >>> distinct([{"run": "a", "stage": "sweep"}, {"run": "b", "stage": "sweep"}, {"run": "a", "stage": "final"}])
+    [{'run': 'a', 'stage': 'sweep, final'}, {'run': 'b', 'stage': 'sweep'}]
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        stages = [found[row["run"]]["stage"]] if row["run"] in found else []
+        found[row["run"]] = {**row, "stage": ", ".join([*stages, row["stage"]])}
+    return list(found.values())
+
+
 def summary(rows: Sequence[Row], against: str | None = None) -> list[dict[str, Any]]:
     """One line for every contender: means and standard deviations, differences from one contender, the first by default, costs."""
     labels = list(dict.fromkeys(row["contender"] for row in rows))
@@ -148,9 +161,11 @@ def front(lines: Iterable[Row], key: str) -> list[str]:
 def remarks(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table must know."""
     said = []
-    failed = [r for r in rows if r["error"]]
+    failed = [r for r in distinct(rows) if r["error"]]
     if failed:
-        said.append(f"{len(failed)} of {len(rows)} runs failed; the first, {failed[0]['run']}: {failed[0]['error']}")
+        said.append(
+            f"{len(failed)} of {len(distinct(rows))} runs failed; the first, {failed[0]['run']}: {failed[0]['error']}"
+        )
     swept = [r for r in rows if r["stage"] == "sweep"]
     edge = [f"{label} ({lr:g})" for label, lr in best(swept).items() if label in further(swept)]
     if edge:

@@ -108,7 +108,9 @@ def _run(
         "state_bytes": opt.state_bytes(),
         **costs,
         "peak_bytes": peak_bytes(),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(time.monotonic() - started, 1)
+        if checkpoint is None
+        else None,  # of one process, not of the run
         "run": folder.name,
     }
     run.write_json(folder / run.SAMPLES, samples(job, said_before, said_after))

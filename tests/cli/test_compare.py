@@ -269,6 +269,9 @@ def test_differences_are_from_a_contender_that_failed_too() -> None:
 
 
 def test_what_a_reader_must_know() -> None:
-    rows = [{**row("a", 0, loss, 1.0), "lr": lr, "stage": "sweep"} for lr, loss in ((0.1, 1.0), (0.01, 2.0))]
+    rows = [
+        {**row("a", 0, loss, 1.0), "lr": lr, "stage": "sweep", "run": f"a-{lr}"}
+        for lr, loss in ((0.1, 1.0), (0.01, 2.0))
+    ]
     said = tally.remarks(rows)
     assert "at an end of the sweep" in said[0] and "a (0.1)" in said[0] and "fewer than three seeds" in said[1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetooth
 from finetooth import embedded
@@ -78,6 +78,45 @@ def test_a_row_in_the_place_of_the_optimizer(
     base = AutoModelForCausalLM.from_pretrained(MODEL)
     finetooth.Delta.load(tmp_path).apply(base)
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), model.parameters(), strict=True))
+
+
+def test_what_a_recipe_would_fill_in(kit: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps of the run for `spiel`; for `ssu` batches of what must not be forgotten, not of what is trained on."""
+    monkeypatch.setitem(sys.modules, "utils", SimpleNamespace(WARMUP_STEP_RATIO=0.25))
+    build, given = finetooth.build, list[dict[str, Any]]()
+    monkeypatch.setattr(finetooth, "build", lambda *a, **k: (given.append(k), build(*a, **k))[1])
+    (text := tmp_path / "source.txt").write_text(
+        "A cat.\n<|endoftext|>\nThe dog ran to the park.\n<|endoftext|>\nA ball.\n"
+    )
+    for row, source in (("spiel", None), ("ssu", text)):
+        model = AutoModelForCausalLM.from_pretrained(MODEL)
+        ours = kit.Row(script := Script(), row, {}, 2, MODEL, tmp_path, source)
+        ours.tokenizer = AutoTokenizer.from_pretrained(MODEL)
+        ours.tokenizer.pad_token = ours.tokenizer.eos_token
+        script.train(model=model, batch_size=2, optimizer_kwargs={"lr": 1e-3}, query_template="{query}")
+    assert given[0]["steps"] == 4
+    assert "steps" not in given[1]
+    first, second = given[1]["calibration"]
+    assert "dog ran" in ours.tokenizer.decode(first["input_ids"][1])
+    assert first["labels"][0].tolist().count(-100) > 0, "padding is not learnt"
+    assert len(second["input_ids"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--row", "ssu"], "give texts of that, --source TEXT"),
+        (["--row", "gmt", "--source", __file__], "--source is not read by gmt"),
+        (["--row", "ssu", "--source", "nowhere.txt"], "there is no file nowhere.txt"),
+    ],
+)
+def test_sources(
+    given: list[str], said: str, kit: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--peft", "peft", *given])
+    with pytest.raises(SystemExit):
+        kit.arguments()
+    assert said in capsys.readouterr().err
 
 
 def test_the_experiment_is_where_the_script_looks(kit: ModuleType, tmp_path: Path) -> None:

@@ -220,6 +220,14 @@ def test_a_selection_that_is_made_once(row: str, tmp_path: Path) -> None:
     assert "How the selection moved" not in page.text and "forgetting was not measured" in page.text
 
 
+@pytest.mark.parametrize(("chosen", "expected"), [({"a": 10, "b": 30}, 0.25), ({"a": 40, "b": 0}, None)])
+def test_what_chance_would_keep(chosen: dict[str, int], expected: float | None) -> None:
+    """Of whole tensors it is not known: all of one that is chosen is not chance."""
+    line = {"step": 1, "chosen": chosen, "of": {"a": 40, "b": 120}, "first": {}}
+    found: Any = record.Record(Path(), None, {}, [], [line], [])  # type: ignore[arg-type]
+    assert found.chance() == expected
+
+
 def compared(folder: Path, labels: tuple[str, ...], **more: Any) -> Path:
     """A comparison's folder, its rows made up, its summary by the arithmetic that `compare` uses."""
     rows = []
@@ -248,7 +256,7 @@ def test_the_report_of_a_comparison(tmp_path: Path) -> None:
     assert report(folder).exit_code == 0
     page = read(folder / "report.html")
     assert page.tags.count("svg") == 1 + 14 and "14 methods on m" in page.text
-    for title in ("Table", "Learning against forgetting", "Sweep", "All 56 runs", "★"):
+    for title in ("Table", "Learning against forgetting", "Sweep", "All 42 runs", "★"):
         assert title in page.text, title
     assert "2.000" not in page.text.split("Sweep")[0] or "± " in page.text
     assert EVIL.split("$")[0].split("{{")[0] in "".join(page.words), "the name, whole, as text"

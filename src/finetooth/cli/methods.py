@@ -40,7 +40,7 @@ def _row(m: Any) -> dict[str, Any]:
         "summary": m.summary,
         "paper": m.paper,
         "defaults": defaults,
-        "rates": m.rates,
+        "rates": {f"{keep:g}": list(rates) for keep, rates in m.rates.items()},
         "calibration": m.calibrated,
         "deviations": list(m.deviations),
     }
@@ -70,8 +70,10 @@ def _page(row: dict[str, Any]) -> None:
         typer.echo(f"  {key}: {value}")
     typer.echo(f"  calibration batches: {'yes' if row['calibration'] else 'no'}\n")
     if row["rates"]:
-        low, high = row["rates"]
-        typer.echo(f"learning rate: in our study the best was {low:g} to {high:g} times that of full fine-tuning\n")
+        from finetooth.method import span
+
+        best = ", ".join(f"{span(rates)} times with keep={keep}" for keep, rates in row["rates"].items())
+        typer.echo(f"learning rate: in our study the best was, in those of full fine-tuning, {best}\n")
     typer.echo("where it deviates from the paper, or the paper leaves a point open")
     for point in row["deviations"]:
         typer.echo(f"  - {point}")

@@ -92,7 +92,8 @@ def results(found: dict[str, Any], as_json: bool) -> None:
         _json(found)
         return
     console = Console(file=sys.stdout)
-    _numbers(console, found, f"{found['base']} fine-tuned with {found['method']}, {found['seconds']:.0f} s")
+    took = "resumed" if found["seconds"] is None else f"{found['seconds']:.0f} s"
+    _numbers(console, found, f"{found['base']} fine-tuned with {found['method']}, {took}")
     facts = Table(show_header=False, box=None)
     facts.add_row("weights changed", f"{found['changed']:,} of {found['weights']:,} ({found['share']:.1%})")
     facts.add_row("delta on disk", f"{found['delta_bytes']:,} bytes")
