@@ -6,6 +6,7 @@ A row is data. To add a method, write its score in `scores.py` and its row here;
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from finetooth import method, scores
@@ -62,7 +63,7 @@ _ROWS = (
         "gmt-strict",
         "GMT, and what is not chosen at a step does not move at that step.",
         "Gradient-Mask Tuning, arXiv 2406.15330",
-        _GMT,
+        replace(_GMT, keep=0.5),
         when=every(1),
         state="dense",
         mask="update",
@@ -71,6 +72,7 @@ _ROWS = (
             *_GMT_POINTS,
             "This row masks the update: moments see the whole gradient, and only chosen entries are written (decay included).",
             "Clipping is to the norm of the whole gradient, which is what the moments see.",
+            "keep is 0.5, which in our study got more answers right than 0.1 and 0.9, and forgot less; gmt keeps the paper's 0.2.",
         ),
     ),
     Method(

@@ -54,7 +54,7 @@ def test_gmt_clips_to_the_norm_of_the_masked_gradient() -> None:
 def test_strict_moves_exactly_what_is_chosen(pool: str) -> None:
     """Against a dense reference: AdamW on a copy, its update written where |g| >= T."""
     model = tiny("llama")
-    opt = finetooth.build("gmt-strict", model, max_grad_norm=None, pool=pool, kernels="reference", **RATES)
+    opt = finetooth.build("gmt-strict", model, keep=0.2, max_grad_norm=None, pool=pool, kernels="reference", **RATES)
     shadow = [p.detach().clone().requires_grad_() for p in model.parameters()]
     adamw = torch.optim.AdamW(shadow, foreach=False, **RATES)
     for i in range(4):
