@@ -205,7 +205,7 @@ def test_methods() -> None:
     ]
     assert all(r["deviations"] and r["paper"] for r in rows)
     page = runner.invoke(app, ["methods", "dst"])
-    assert "2411.08610" in page.stdout and "silo" in page.stdout and "9 to 27 times that of full" in page.stdout
+    assert "2411.08610" in page.stdout and "silo" in page.stdout and "27 with keep=0.02" in page.stdout
     assert runner.invoke(app, ["methods", "dts"]).exit_code == 2
 
 

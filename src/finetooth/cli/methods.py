@@ -72,8 +72,8 @@ def _page(row: dict[str, Any]) -> None:
     if row["rates"]:
         from finetooth.method import span
 
-        best = ", ".join(f"{span(rates)} times with keep={keep}" for keep, rates in row["rates"].items())
-        typer.echo(f"learning rate: in our study the best was, in those of full fine-tuning, {best}\n")
+        best = ", ".join(f"{span(rates)} with keep={keep}" for keep, rates in row["rates"].items())
+        typer.echo(f"learning rate: the best ones of our study, as multiples of that of full fine-tuning: {best}\n")
     typer.echo("where it deviates from the paper, or the paper leaves a point open")
     for point in row["deviations"]:
         typer.echo(f"  - {point}")
