@@ -86,7 +86,7 @@ _ROWS = (
         mask="update",
         options={"relative": True, "zero_moments": False},
         configure=method.dst,
-        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 27), 0.08: (27, 27), 0.35: (3, 3)},
+        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 27), 0.08: (27, 27), 0.35: (3, 3), 0.5: (3, 3)},
         deviations=(
             "A silo is one module in one layer, its bias included. The budget is round(keep * |S|), exactly.",
             "Distances are float32 differences of the proposed weight and the base. Where they tie, as absolute ones do at Adam's first step, "
@@ -108,7 +108,7 @@ _ROWS = (
         calibration=(scores.input_norm(scores.INFINITY),),
         options={"bits": 4, "gamma": 1.0, "tau": scores.INFINITY, "rho": scores.INFINITY},
         configure=method.gift_sw,
-        rates={0.1: (9, 9)},
+        rates={0.02: (27, 27), 0.1: (9, 9), 0.5: (3, 3)},
         deviations=(
             "128 columns of every linear of the blocks, or all of them where a matrix has fewer: give keep for small models.",
             "The saliency's Q is fitted on all columns, since what is salient is not known yet; the noise's step leaves the "
@@ -298,7 +298,7 @@ _ROWS = (
         "A random share of the weights: the control.",
         "the control of SHiRA-Rand, arXiv 2406.13175",
         Rule(scores.random),
-        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 81), 0.08: (27, 27), 0.35: (3, 3)},
+        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 81), 0.08: (27, 27), 0.35: (3, 3), 0.5: (3, 3)},
         deviations=(*_STATIC, "Chosen by a hash of (seed, name, unit), the same on every device."),
     ),
     Method(
@@ -307,7 +307,7 @@ _ROWS = (
         "SHiRA-Grad, arXiv 2406.13175; SIFT, arXiv 2312.11875",
         Rule(scores.gradient),
         calibration=("grad",),
-        rates={0.001: (81, 81), 0.005: (81, 81), 0.02: (9, 27), 0.08: (9, 9)},
+        rates={0.001: (81, 81), 0.005: (81, 81), 0.02: (9, 27), 0.08: (9, 9), 0.5: (3, 3)},
         deviations=(*_STATIC, *_GRADS),
     ),
     Method(
