@@ -25,15 +25,16 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
-from finetooth import jobs, outsiders, run
-from finetooth.measure import Measured, measure
+from finetooth import run
 from finetooth.recipe import Recipe, RecipeError
 from finetooth.recipe import load as read
-from finetooth.train import train
+
+if TYPE_CHECKING:
+    from finetooth.measure import Measured
 
 
 class Runner(NamedTuple):
@@ -45,11 +46,17 @@ class Runner(NamedTuple):
 
 def base(recipe: Recipe) -> Measured:
     """What the recipe wants to know of the base."""
+    from finetooth import jobs  # a runner of one's own may need none of it, nor does the comparison itself
+    from finetooth.measure import measure
+
     return measure(jobs.load(recipe, Path(recipe.output), training=False))
 
 
 def fine_tune(recipe: Recipe, before: Measured) -> None:
     """A row's run, gone on with if it was interrupted; an outsider's, anew."""
+    from finetooth import outsiders
+    from finetooth.train import train
+
     if recipe.method.name in outsiders.NAMES:
         outsiders.train(recipe, before)
     else:

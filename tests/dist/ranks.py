@@ -6,9 +6,29 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.laws.toy import DTYPES, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 800  # seconds for every row on two ranks: two minutes of two cores, more where these are shared
+PATIENCE = 800  # seconds for every row on two ranks: a minute or two of two cores, more where these are shared
+
+
+def in_turn(start: int) -> list[Any]:
+    """Every row and precision; all but one precision of each row are `exhaustive`, and by `start` 0 and 1 not the same one."""
+    return [
+        pytest.param(row, dtype, marks=pytest.mark.exhaustive if (i + j + start) % len(DTYPES) else ())
+        for i, row in enumerate(ROWS)
+        for j, dtype in enumerate(DTYPES)
+    ]
+
+
+def asked(request: pytest.FixtureRequest, *names: str) -> list[str]:
+    """`row.dtype` of the tests of this module that are to be run: the workers train no others."""
+    given = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return list(dict.fromkeys(".".join(case[n] for n in names) for case in given if set(names) <= case.keys()))
 
 
 def run(module: str, *arguments: str, ranks: int = 2) -> None:

@@ -1,4 +1,4 @@
-"""One of two ranks: train every row under FSDP2, and save what rank 0 gets: masks, weights, delta, and state half way.
+"""One of two ranks: train rows under FSDP2, and save what rank 0 gets: masks, weights, delta, and state half way.
 
 Then, from the state that one process saved half way, the second half: resume on another number of ranks.
 """
@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
 
 from finetooth import Delta
-from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, train
+from tests.laws.toy import DTYPES, Toy, batches, build, train
 
 # A norm is a sum over ranks, in another order; stochastic rounding depends on the place in the shard.
 EXACT = {"max_grad_norm": None, "rounding": "nearest"}
@@ -26,7 +26,7 @@ def sharded(model: nn.Module) -> nn.Module:
     return fully_shard(model)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     early = Toy()
     built = build("random", early)  # before there are ranks
@@ -37,31 +37,31 @@ def main(folder: Path) -> None:
         return [b.chunk(2)[rank] for b in ids]
 
     calibration = [{"input_ids": b} for b in mine(batches(2, seed=9))]
-    for row in ROWS:
-        for dtype in DTYPES:
-            base = {n: p.detach().clone() for n, p in Toy(DTYPES[dtype]).named_parameters()}
-            found = {}
-            for kind in ("whole", "resumed"):
-                model = sharded(Toy(DTYPES[dtype]))
-                opt = build(row, model, weight_decay=0.1, calibration=calibration, base=base, **EXACT)
-                ids = mine(batches(4))
-                if kind == "resumed":
-                    half = torch.load(folder / f"{row}.{dtype}.half.pt", weights_only=True)  # noqa: TID251 - tensors only
-                    for name, p in model.named_parameters():
-                        p.detach().copy_(torch.distributed.tensor.distribute_tensor(half["model"][name], p.device_mesh, p.placements))
-                    opt.load_state_dict(half["optimizer"])
-                    ids = ids[2:]
-                for step in train(model, opt, ids):
-                    if kind == "whole" and step == 1:
-                        found["half"] = {"optimizer": opt.state_dict(), "model": gathered(model)}
-                opt.verify_frozen()
-                chosen = {n: s.index for n, s in opt.selections().items()}
-                found[kind] = {"model": gathered(model), "chosen": chosen, "state": opt.state_dict()["selective"]}
-                delta = Delta.extract(model, opt)
-                if rank == 0 and kind == "whole":
-                    delta.save(folder / f"{row}.{dtype}.delta.safetensors")
-            if rank == 0:
-                torch.save(found, folder / f"{row}.{dtype}.sharded.pt")
+    for case in cases:
+        row, dtype = case.split(".")
+        base = {n: p.detach().clone() for n, p in Toy(DTYPES[dtype]).named_parameters()}
+        found = {}
+        for kind in ("whole", "resumed"):
+            model = sharded(Toy(DTYPES[dtype]))
+            opt = build(row, model, weight_decay=0.1, calibration=calibration, base=base, **EXACT)
+            ids = mine(batches(4))
+            if kind == "resumed":
+                half = torch.load(folder / f"{case}.half.pt", weights_only=True)  # noqa: TID251 - tensors only
+                for name, p in model.named_parameters():
+                    p.detach().copy_(torch.distributed.tensor.distribute_tensor(half["model"][name], p.device_mesh, p.placements))
+                opt.load_state_dict(half["optimizer"])
+                ids = ids[2:]
+            for step in train(model, opt, ids):
+                if kind == "whole" and step == 1:
+                    found["half"] = {"optimizer": opt.state_dict(), "model": gathered(model)}
+            opt.verify_frozen()
+            chosen = {n: s.index for n, s in opt.selections().items()}
+            found[kind] = {"model": gathered(model), "chosen": chosen, "state": opt.state_dict()["selective"]}
+            delta = Delta.extract(model, opt)
+            if rank == 0 and kind == "whole":
+                delta.save(folder / f"{case}.delta.safetensors")
+        if rank == 0:
+            torch.save(found, folder / f"{case}.sharded.pt")
     clipped(folder, mine)
     refused(folder, early, built)
     dist.destroy_process_group()
@@ -114,4 +114,4 @@ def gathered(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

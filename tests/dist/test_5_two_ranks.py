@@ -8,22 +8,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.dist.ranks import PATIENCE, run
+from tests.dist.ranks import PATIENCE, asked, in_turn, run
 from tests.dist.worker import COMPACT, TIED, tied_toy
-from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, same, snapshot, train
+from tests.laws.toy import DTYPES, Toy, batches, build, same, snapshot, train
 
 pytestmark = pytest.mark.timeout(PATIENCE + 100)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    run("tests.dist.worker", str(folder))
+    run("tests.dist.worker", str(folder), *asked(request, "row", "dtype"))
     return folder
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize(("row", "dtype"), in_turn(0))
 def test_two_ranks(row: str, dtype: str, folder: Path) -> None:
     model = Toy(DTYPES[dtype])
     opt = build(row, model, weight_decay=0.1)

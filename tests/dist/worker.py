@@ -1,4 +1,4 @@
-"""One of two ranks: train every row under DDP on half of every batch, and save what rank 0 holds."""
+"""One of two ranks: train rows under DDP on half of every batch, and save what rank 0 holds."""
 
 import gc
 import sys
@@ -10,19 +10,19 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import finetooth
-from tests.laws.toy import DTYPES, ROWS, Toy, batches, build, snapshot, train
+from tests.laws.toy import DTYPES, Toy, batches, build, snapshot, train
 
 TIED = ("lisa", "badam", "random", "rows")
 COMPACT = ("random", "grad", "gift-sw", "rows", "fish")  # that choose once and gather gradients
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
-    early = {row: built(row, "fp32", torch.arange(2)) for row in ("lisa", "badam")}  # before there are ranks
+    early = {c: built(*c.split("."), torch.arange(2)) for c in cases if c.startswith(("lisa", "badam"))}  # before there are ranks
     tied = {row: (model := tied_toy(), build(row, model, seed=1)) for row in TIED}
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    every_row(folder, rank, early)
+    every_row(folder, cases, rank, early)
     for row, (model, opt) in tied.items():
         ddp = DistributedDataParallel(model)
         list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(6)]))
@@ -34,14 +34,13 @@ def main(folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def every_row(folder: Path, rank: int, early: dict[str, tuple[Toy, finetooth.SelectiveAdamW]]) -> None:
-    for row in ROWS:
-        for dtype in DTYPES:
-            model, opt = early.pop(row, None) or built(row, dtype, torch.tensor([rank]))
-            ddp = DistributedDataParallel(model)
-            list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(4)]))
-            chosen = {n: s.index for n, s in opt.selections().items()}
-            torch.save({"model": snapshot(model), "chosen": chosen}, folder / f"{row}.{dtype}.{rank}.pt")
+def every_row(folder: Path, cases: list[str], rank: int, early: dict[str, tuple[Toy, finetooth.SelectiveAdamW]]) -> None:
+    for case in cases:
+        model, opt = early.pop(case, None) or built(*case.split("."), torch.tensor([rank]))
+        ddp = DistributedDataParallel(model)
+        list(train(ddp, opt, [b.chunk(2)[rank] for b in batches(4)]))
+        chosen = {n: s.index for n, s in opt.selections().items()}
+        torch.save({"model": snapshot(model), "chosen": chosen}, folder / f"{case}.{rank}.pt")
 
 
 def traffic(row: str) -> dict[str, int]:
@@ -85,4 +84,4 @@ def built(row: str, dtype: str, parts: torch.Tensor) -> tuple[Toy, finetooth.Sel
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

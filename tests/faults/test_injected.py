@@ -22,7 +22,7 @@ def test_a_fault_in_a_step(case: tuple[Fault, str, str, str]) -> None:
     assert outcome(*case) == case[0].outcome
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_every_precision_and_route(fault: Fault) -> None:
     wrong = {named(case): found for case in cases() if case[0] is fault and (found := outcome(*case)) != fault.outcome}
