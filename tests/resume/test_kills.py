@@ -1,7 +1,8 @@
 """Law 6 through every entry point: killed in a step and in a checkpoint, and the end is the same, bit for bit.
 
 `tests/resume/kills.py` does the killing, and does it for every row when it is run by itself (docs/resume.md has its log). Here
-each entry point is killed with one row that has random noise of its own, and the command with two more.
+one row that has random noise of its own is killed in the command (which is TRL's SFTTrainer) and every other loop; with
+`-m exhaustive` in TRL's other trainers too, and the command with two more rows.
 """
 
 from __future__ import annotations
@@ -16,12 +17,20 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+LOOPS = "finetooth train,transformers.Trainer,trl.GRPOTrainer,bare PyTorch,accelerate"
+OTHERS = "trl.SFTTrainer,trl.DPOTrainer,trl.KTOTrainer,ORPOTrainer"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not hasattr(os, "fork"), reason="a process that has imported everything is forked for every attempt"
     ),
 ]
+
+
+def test_every_entry_point_is_named() -> None:
+    from tests.resume.entries import ENTRIES
+
+    assert sorted([*LOOPS.split(","), *OTHERS.split(",")]) == sorted(ENTRIES)
 
 
 def killed(*words: str) -> list[dict[str, Any]]:
@@ -38,7 +47,8 @@ def killed(*words: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "words",
     [
-        pytest.param(("--rows", "gift-sw"), id="entries"),
+        pytest.param(("--rows", "gift-sw", "--entries", LOOPS), id="loops"),
+        pytest.param(("--rows", "gift-sw", "--entries", OTHERS), id="trainers", marks=pytest.mark.exhaustive),
         pytest.param(
             ("--rows", "gmt-strict,dst", "--entries", "finetooth train"), id="rows", marks=pytest.mark.exhaustive
         ),
