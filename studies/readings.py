@@ -21,7 +21,7 @@ from typing import Any
 
 from finetooth import tally
 
-PARTS = ("core", "sparse", "middle", "budgets", "budgets-sparse", "budgets-middle")
+PARTS = ("core", "sparse", "middle", "budgets", "budgets-sparse", "budgets-middle", "budgets-least", "budgets-half")
 TEXTS = (
     "part",
     "recipe",

@@ -62,7 +62,11 @@ def wrapped(model: nn.Module, part: MethodPart, seed: int) -> Any:
             tuned = get_peft_model(model, LoraConfig(r=options["r"], lora_alpha=alpha, target_modules=layers))
             return _drawn(tuned, seed)
         shapes = [model.get_parameter(f"{name}.weight").shape for name in layers]
-        rank = max(1, round(options["share"] * sum(o * i for o, i in shapes) / sum(o + i for o, i in shapes)))
+        least = sum(o + i for o, i in shapes) / sum(o * i for o, i in shapes)
+        if (rank := round(options["share"] / least)) < 1:
+            raise RecipeError(
+                f"shira: share={options['share']:g} is less than PEFT trains: rank 1 is {least:.2g} of the matrices."
+            )
         config = ShiraConfig(r=rank, mask_type="random", random_seed=seed, target_modules=layers)
         return get_peft_model(model, config)
 

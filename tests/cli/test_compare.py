@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from finetooth import compare, tally
+from finetooth import compare, outsiders, tally
 from finetooth.cli.board import Board
 from finetooth.cli.main import app
 from finetooth.contest import Entry, contender, contenders
-from finetooth.recipe import MethodPart, parse
+from finetooth.recipe import MethodPart, RecipeError, parse
+from tests.cli.test_delta import llama
 from tests.cli.test_train import recipe, runner
 
 pytest.importorskip("scipy", reason="intervals: pip install 'finetooth[dev]'")
@@ -177,6 +178,13 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert result.exit_code == 1 and [bool(r["error"]) for r in found["runs"]] == [True, False]
     assert "1 of 2 runs failed" in found["remarks"][0] and "empty.jsonl" in found["remarks"][0]
+
+
+def test_a_share_below_rank_1_is_refused() -> None:
+    """It would be rounded up, to several times the weights that were asked for."""
+    pytest.importorskip("peft", reason="SHiRA is PEFT's: pip install 'finetooth[dev]'")
+    with pytest.raises(RecipeError, match=r"share=0.01 is less than PEFT trains: rank 1 is 0.11 of the matrices"):
+        outsiders.wrapped(llama(False), MethodPart(name="shira", share=0.01), 0)
 
 
 def test_nothing_is_generated_where_the_loss_decides(tmp_path: Path) -> None:
