@@ -4,9 +4,7 @@
     later: select -> migrate state -> hooks again
 
 A compact selection that needs no gradient is made between two steps, so that the next backward computes what will be used and
-nothing else; one that reads the gradient is made within its step, which has dense gradients for it.
-
-How a step then updates what was chosen is in `optim.py`.
+nothing else; one that reads the gradient is made within its step, which has dense gradients for it. `optim.py` has the update.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ base. Counted as faults: another exception, a changed model, more time than LIMI
 Seeds are what the writer makes today (every unit in every dtype, sparse and dense) and the golden files: a new coding is
 fuzzed as soon as it has one. `mutate.py` has the mutations; libFuzzer, through atheris, adds its own, and keeps what reaches new
 lines of the loader. One file in five thousand is a large one, whose memory is the tensors' and not the interpreter's.
-
 Exit code 1 if there is a fault; the files that did it are kept in --keep.
 """
 
