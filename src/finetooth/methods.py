@@ -170,7 +170,7 @@ _ROWS = (
         when=every(400),
         options={"rank": 128},
         configure=method.lift,
-        rates={0.005: (81, 81), 0.02: (27, 27), 0.08: (9, 9)},
+        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 27), 0.08: (9, 9), 0.5: (3, 3)},
         deviations=(
             *_STATIC,
             "The paper was read in abstract, with its published code: 5 % of the weights, and rank 128 as its page recommends; its configurations "
@@ -239,7 +239,7 @@ _ROWS = (
         rest=reset(),
         options={"turnover": 0.2, "decay": "linear", "steps": None, "window": 5},
         configure=method.spiel,
-        rates={0.001: (81, 81), 0.005: (81, 81), 0.02: (9, 27), 0.08: (27, 27)},
+        rates={0.001: (81, 81), 0.005: (81, 81), 0.02: (9, 27), 0.08: (27, 27), 0.5: (3, 3)},
         deviations=(
             *_STATIC,
             "The paper was read in abstract, with its authors' code for SpIEL-AG: a share of 0.2, a selection every 20 steps, gradients of 5, "
