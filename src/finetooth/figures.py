@@ -149,6 +149,7 @@ def _logarithmic(axes: Axes) -> None:
 
 def _named(axes: Axes, ends: Mapping[str, tuple[float, float]], height: float) -> None:
     """Names at the right, each at the height of its point, or as near as the others let it be, with a thin line to it."""
+    axes.get_ylim()  # makes the limits that matplotlib has put off, without which a point has no place yet
     to_axes = axes.transData + axes.transAxes.inverted()
     wanted = {name: float(to_axes.transform(point)[1]) for name, point in ends.items()}
     high = 11 / (height * 72 * 0.8)  # a line of text, as a share of the axes

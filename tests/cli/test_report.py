@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from finetooth import comparison, record, tally
+from finetooth import comparison, figures, record, tally
 from finetooth.cli.main import app
 from tests.cli.test_train import recipe, runner
 
@@ -272,3 +272,14 @@ def test_a_comparison_that_measured_less(tmp_path: Path) -> None:
     assert result.exit_code == 0 and "not measured: give the recipe a general text" in result.stderr
     page = read(folder / "report.html")
     assert "1 of 4 runs failed" in page.text and "it broke" in page.text and "there was one learning rate" in page.text
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_names_stand_at_their_points(more: bool) -> None:
+    """Also where more of the task's measure is better, as of exact match: names once stood far above the figure, over the page's title."""
+    drawn = figures.pareto(
+        {"low": (0.2, 3.0, 0.02, 0.1), "high": (0.3, 3.5, 0.0, 0.0)}, ["low"], "exact match", "forgetting", more
+    )
+    heights = {name: float(y) for y, name in re.findall(r'y="([-\d.]+)"[^>]*>(low|high)<', drawn)}
+    bottom = float(re.search(r'viewBox="0 0 [\d.]+ ([\d.]+)"', drawn)[1])  # type: ignore[index]
+    assert 0 < heights["high"] < bottom / 2 < heights["low"] < bottom, heights
