@@ -21,7 +21,18 @@ from typing import Any
 
 from finetooth import tally
 
-PARTS = ("core", "sparse", "middle", "budgets", "budgets-sparse", "budgets-middle", "budgets-least", "budgets-half")
+PARTS = (
+    "core",
+    "sparse",
+    "middle",
+    "budgets",
+    "budgets-sparse",
+    "budgets-middle",
+    "budgets-least",
+    "budgets-half",
+    "budgets-gmt",
+    "budgets-gmt-strict",
+)
 TEXTS = (
     "part",
     "recipe",

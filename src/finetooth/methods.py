@@ -51,7 +51,7 @@ _ROWS = (
         when=every(1),
         state="dense",
         mask="gradient",
-        rates={0.1: (3, 3), 0.5: (1, 3), 0.9: (1, 1)},
+        rates={0.001: (9, 9), 0.02: (3, 3), 0.1: (3, 3), 0.5: (1, 3), 0.9: (1, 1)},
         deviations=(
             *_GMT_POINTS,
             "This row masks the gradient and then runs AdamW, as everyone does: an entry that is not chosen still moves "
@@ -67,7 +67,7 @@ _ROWS = (
         when=every(1),
         state="dense",
         mask="update",
-        rates={0.1: (9, 9), 0.5: (1, 3), 0.9: (3, 3)},
+        rates={0.001: (81, 81), 0.02: (9, 9), 0.1: (9, 9), 0.5: (1, 3), 0.9: (3, 3)},
         deviations=(
             *_GMT_POINTS,
             "This row masks the update: moments see the whole gradient, and only chosen entries are written (decay included).",
