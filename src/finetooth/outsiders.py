@@ -2,6 +2,9 @@
 
     method: {name: lora, r: 16} or {name: shira, share: 0.01}
 
+LoRA with `targets: matrices` adapts embeddings and head too, each by an adapter of its own: where the two are tied they no longer are one
+matrix in what it computes (PEFT's `ensure_weight_tying`, in 0.21, ties neither their training nor what is merged).
+
 What is written is what `finetooth train` writes as `results.json`, so that the two can stand side by side. `delta_bytes` is the
 size of PEFT's adapter file.
 
@@ -30,14 +33,17 @@ from finetooth.trainer import Trainer
 
 NAMES = ("lora", "shira")
 _OPTIONS: dict[str, dict[str, Any]] = {"lora": {"r": 16, "alpha": None}, "shira": {"share": 0.01}}
+_TARGETS = {"lora": ("linear", "matrices"), "shira": ("linear",)}
 _ADAPTER = "adapter_model.safetensors"
 
 
 def check(part: MethodPart) -> None:
     """RecipeError for an option that the outsider has not."""
     options = _OPTIONS[part.name]
-    if part.keep is not None or part.targets is not None:
-        raise RecipeError(f"{part.name} has neither keep nor targets: its options are {', '.join(options)}.")
+    if part.keep is not None:
+        raise RecipeError(f"{part.name} has no keep: its options are {', '.join(options)}.")
+    if part.targets not in (None, *_TARGETS[part.name]):
+        raise RecipeError(f"{part.name}:targets={part.targets}: there are {', '.join(_TARGETS[part.name])}.")
     for key, value in (part.model_extra or {}).items():
         if key not in options:
             raise RecipeError(f"{part.name} has no option {key!r}: there are {', '.join(options)}.")
@@ -46,14 +52,16 @@ def check(part: MethodPart) -> None:
 
 
 def wrapped(model: nn.Module, part: MethodPart, seed: int) -> Any:
-    """The model with PEFT's adapter on every linear layer of its blocks."""
+    """The model with PEFT's adapter on every linear layer of its blocks, or on every matrix."""
     try:
         from peft import LoraConfig, ShiraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError(
             f"{part.name} is PEFT's, which is not installed: pip install 'finetooth[compare]'."
         ) from error
-    layers = [name.removesuffix(".weight") for name in matching("linear", survey(model), tied(model))]
+    names = matching(part.targets or "linear", survey(model))
+    names += [alias for alias, name in tied(model).items() if name in names]
+    layers = [name.removesuffix(".weight") for name in names]
     options = _OPTIONS[part.name] | (part.model_extra or {})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -72,11 +80,13 @@ def wrapped(model: nn.Module, part: MethodPart, seed: int) -> Any:
 
 
 def _drawn(tuned: Any, seed: int) -> Any:
-    """LoRA's A from PEFT's distribution, but by a generator of its own; B is zero."""
+    """LoRA's A, and the B of an embedding, from PEFT's distributions, but by a generator of their own; the other is zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in tuned.named_parameters():
         if "lora_A" in name:
             p.data.copy_(nn.init.kaiming_uniform_(torch.empty(p.shape), a=math.sqrt(5), generator=generator))
+        elif "lora_embedding_B" in name:
+            p.data.copy_(torch.randn(p.shape, generator=generator))
     return tuned
 
 
@@ -98,6 +108,8 @@ def train(recipe: Recipe, before: Measured | None = None) -> dict[str, Any]:
     shutil.rmtree(recipe.output, ignore_errors=True)
     folder = run.start(recipe)
     job = load(recipe, folder)
+    if recipe.merged and recipe.method.targets == "matrices" and tied(job.model):
+        raise RecipeError("merged: two adapters cannot be merged into embeddings and head that are one weight.")
     base, _ = before or measure(job)
     job.model = tuned = wrapped(job.model, recipe.method, recipe.train.seed)
     args = arguments(job, clip=recipe.optimizer.max_grad_norm or 0.0, save=False)
@@ -107,7 +119,7 @@ def train(recipe: Recipe, before: Measured | None = None) -> dict[str, Any]:
             model=tuned, args=args, train_dataset=dataset(job), processing_class=job.tokenizer, optimizers=(opt, None)
         )
     )
-    tuned.save_pretrained(folder / "adapter")
+    tuned.save_pretrained(folder / "adapter", save_embedding_layers=False)  # the base's, by default beside theirs
     after, _ = measure(job)
     facts = {"before": base, "after": after, "forgetting": forgetting(base, after), "data": notes(job), **costs}
     results = {

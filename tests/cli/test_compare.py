@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from finetooth import compare, outsiders, tally
@@ -152,7 +154,9 @@ def test_a_protocol_of_its_own_and_rates_followed_outwards(tmp_path: Path) -> No
         (["--methods", "gmt:keep"], "write key=value"),
         (["--methods", "gmt:keep=2.5"], "keep=2.5"),
         (["--methods", "lora:rank=3"], "no option 'rank': there are r, alpha"),
-        (["--methods", "lora:keep=0.1"], "neither keep nor targets"),
+        (["--methods", "lora:keep=0.1"], "lora has no keep"),
+        (["--methods", "lora:targets=all"], "lora:targets=all: there are linear, matrices"),
+        (["--methods", "shira:targets=matrices"], "shira:targets=matrices: there are linear"),
         (["--lr", "1e-3,x"], "--lr 1e-3,x: give numbers"),
         (["--lr", "0"], "learning rates are above 0"),
         (["--lr", "1e-3,1e-3"], "a number is there twice"),
@@ -185,6 +189,21 @@ def test_a_share_below_rank_1_is_refused() -> None:
     pytest.importorskip("peft", reason="SHiRA is PEFT's: pip install 'finetooth[dev]'")
     with pytest.raises(RecipeError, match=r"share=0.01 is less than PEFT trains: rank 1 is 0.11 of the matrices"):
         outsiders.wrapped(llama(False), MethodPart(name="shira", share=0.01), 0)
+
+
+def test_lora_of_embeddings_and_a_head_that_are_one_weight(tmp_path: Path) -> None:
+    """Each has an adapter of its own, drawn from the seed alone, and the model begins as the base."""
+    pytest.importorskip("peft", reason="LoRA is PEFT's: pip install 'finetooth[dev]'")
+    part = MethodPart.model_validate({"name": "lora", "r": 2, "targets": "matrices"})
+    model, tokens, drawn = llama(tied=True), torch.arange(8)[None], []
+    plain = model(tokens).logits
+    for state in (0, 1):
+        torch.manual_seed(state)
+        tuned = outsiders.wrapped(deepcopy(model), part, 5)
+        assert torch.equal(tuned(tokens).logits, plain)
+        drawn.append({name: p for name, p in tuned.named_parameters() if p.requires_grad})
+    assert sum("embed_tokens" in name for name in drawn[0]) == sum("lm_head" in name for name in drawn[0]) == 2
+    assert all(torch.equal(p, drawn[1][name]) for name, p in drawn[0].items())
 
 
 def test_nothing_is_generated_where_the_loss_decides(tmp_path: Path) -> None:
