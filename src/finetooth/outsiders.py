@@ -2,8 +2,8 @@
 
     method: {name: lora, r: 16} or {name: shira, share: 0.01}
 
-LoRA with `targets: matrices` adapts embeddings and head too, each by an adapter of its own: where the two are tied they no longer are one
-matrix in what it computes (PEFT's `ensure_weight_tying`, in 0.21, ties neither their training nor what is merged).
+`embeddings: true` gives LoRA an adapter on the token embeddings too, and none on a head that is the same weight: TRL, which reads the
+head's weight itself, refuses one there.
 
 What is written is what `finetooth train` writes as `results.json`, so that the two can stand side by side. `delta_bytes` is the
 size of PEFT's adapter file.
@@ -32,37 +32,38 @@ from finetooth.train import arguments, dataset, fitted, peak_bytes
 from finetooth.trainer import Trainer
 
 NAMES = ("lora", "shira")
-_OPTIONS: dict[str, dict[str, Any]] = {"lora": {"r": 16, "alpha": None}, "shira": {"share": 0.01}}
-_TARGETS = {"lora": ("linear", "matrices"), "shira": ("linear",)}
+_OPTIONS: dict[str, dict[str, Any]] = {"lora": {"r": 16, "alpha": None, "embeddings": False}, "shira": {"share": 0.01}}
 _ADAPTER = "adapter_model.safetensors"
 
 
 def check(part: MethodPart) -> None:
     """RecipeError for an option that the outsider has not."""
     options = _OPTIONS[part.name]
-    if part.keep is not None:
-        raise RecipeError(f"{part.name} has no keep: its options are {', '.join(options)}.")
-    if part.targets not in (None, *_TARGETS[part.name]):
-        raise RecipeError(f"{part.name}:targets={part.targets}: there are {', '.join(_TARGETS[part.name])}.")
+    if part.keep is not None or part.targets is not None:
+        raise RecipeError(f"{part.name} has neither keep nor targets: its options are {', '.join(options)}.")
     for key, value in (part.model_extra or {}).items():
         if key not in options:
             raise RecipeError(f"{part.name} has no option {key!r}: there are {', '.join(options)}.")
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if isinstance(options[key], bool):
+            if not isinstance(value, bool):
+                raise RecipeError(f"{part.name}:{key}={value!r}: give true or false.")
+        elif not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             raise RecipeError(f"{part.name}:{key}={value!r}: give a number above 0.")
 
 
 def wrapped(model: nn.Module, part: MethodPart, seed: int) -> Any:
-    """The model with PEFT's adapter on every linear layer of its blocks, or on every matrix."""
+    """The model with PEFT's adapter on every linear layer of its blocks; of LoRA on its embeddings, if wanted."""
     try:
         from peft import LoraConfig, ShiraConfig, get_peft_model
     except ImportError as error:
         raise RecipeError(
             f"{part.name} is PEFT's, which is not installed: pip install 'finetooth[compare]'."
         ) from error
-    names = matching(part.targets or "linear", survey(model))
-    names += [alias for alias, name in tied(model).items() if name in names]
-    layers = [name.removesuffix(".weight") for name in names]
-    options = _OPTIONS[part.name] | (part.model_extra or {})
+    options, parts = _OPTIONS[part.name] | (part.model_extra or {}), survey(model)
+    wanted = matching("linear", parts)
+    if options.get("embeddings"):
+        wanted += [name for name, one in parts.items() if one.kind == "embedding" and one.token_rows]
+    layers = [name.removesuffix(".weight") for name in wanted]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if part.name == "lora":
@@ -108,8 +109,8 @@ def train(recipe: Recipe, before: Measured | None = None) -> dict[str, Any]:
     shutil.rmtree(recipe.output, ignore_errors=True)
     folder = run.start(recipe)
     job = load(recipe, folder)
-    if recipe.merged and recipe.method.targets == "matrices" and tied(job.model):
-        raise RecipeError("merged: two adapters cannot be merged into embeddings and head that are one weight.")
+    if recipe.merged and (recipe.method.model_extra or {}).get("embeddings") and tied(job.model):
+        raise RecipeError("merged: the adapter is of the embeddings, which are one weight with the head here.")
     base, _ = before or measure(job)
     job.model = tuned = wrapped(job.model, recipe.method, recipe.train.seed)
     args = arguments(job, clip=recipe.optimizer.max_grad_norm or 0.0, save=False)

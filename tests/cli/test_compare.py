@@ -40,7 +40,8 @@ def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
     text = tmp_path / "general.txt"
     text.write_text("Once upon a time there was a cat.\n<|endoftext|>\nThe dog ran home.\n")
     path = recipe(tmp_path, data={"limit": 8, "eval_limit": 4}, evaluate={"task": "loss", "forgetting": str(text)})
-    words = ["--methods", "random:keep=0.1,lora:r=2", "--lr", "1e-4,1e-2", "--seeds", "1", "--out", str(tmp_path / "c")]
+    methods = "random:keep=0.1,lora:r=2:embeddings=true"
+    words = ["--methods", methods, "--lr", "1e-4,1e-2", "--seeds", "1", "--out", str(tmp_path / "c")]
     first = call(path, *words, "--json")
     assert first.exit_code == 0, first.output
     found = json.loads(first.stdout)
@@ -61,7 +62,7 @@ def test_swept_run_and_gone_on_with(tmp_path: Path) -> None:
     assert runner.invoke(app, ["report", str(tmp_path / "c")]).exit_code == 0
     assert "random:keep=0.1" in (tmp_path / "c" / "report.html").read_text()
     times = {p: p.stat().st_mtime_ns for p in (tmp_path / "c" / "runs").rglob("results.json")}
-    lost = next(p for p in times if "lora-r-2-lr-0.01" in str(p))
+    lost = next(p for p in times if "lora-r-2-embeddings-true-lr-0.01" in str(p))
     lost.unlink()  # as an interruption leaves it
     again = call(path, *words, "--json")
     assert json.loads(again.stdout)["summary"][0] == found["summary"][0]
@@ -153,10 +154,9 @@ def test_a_protocol_of_its_own_and_rates_followed_outwards(tmp_path: Path) -> No
         (["--methods", "gmt,gmt"], "'gmt' is there twice"),
         (["--methods", "gmt:keep"], "write key=value"),
         (["--methods", "gmt:keep=2.5"], "keep=2.5"),
-        (["--methods", "lora:rank=3"], "no option 'rank': there are r, alpha"),
-        (["--methods", "lora:keep=0.1"], "lora has no keep"),
-        (["--methods", "lora:targets=all"], "lora:targets=all: there are linear, matrices"),
-        (["--methods", "shira:targets=matrices"], "shira:targets=matrices: there are linear"),
+        (["--methods", "lora:rank=3"], "no option 'rank': there are r, alpha, embeddings"),
+        (["--methods", "lora:keep=0.1"], "neither keep nor targets"),
+        (["--methods", "lora:embeddings=2"], "lora:embeddings=2: give true or false"),
         (["--lr", "1e-3,x"], "--lr 1e-3,x: give numbers"),
         (["--lr", "0"], "learning rates are above 0"),
         (["--lr", "1e-3,1e-3"], "a number is there twice"),
@@ -191,10 +191,10 @@ def test_a_share_below_rank_1_is_refused() -> None:
         outsiders.wrapped(llama(False), MethodPart(name="shira", share=0.01), 0)
 
 
-def test_lora_of_embeddings_and_a_head_that_are_one_weight(tmp_path: Path) -> None:
-    """Each has an adapter of its own, drawn from the seed alone, and the model begins as the base."""
+def test_lora_of_embeddings() -> None:
+    """It is drawn from the seed alone, the model begins as the base, and a head that is the same weight has none."""
     pytest.importorskip("peft", reason="LoRA is PEFT's: pip install 'finetooth[dev]'")
-    part = MethodPart.model_validate({"name": "lora", "r": 2, "targets": "matrices"})
+    part = MethodPart.model_validate({"name": "lora", "r": 2, "embeddings": True})
     model, tokens, drawn = llama(tied=True), torch.arange(8)[None], []
     plain = model(tokens).logits
     for state in (0, 1):
@@ -202,7 +202,7 @@ def test_lora_of_embeddings_and_a_head_that_are_one_weight(tmp_path: Path) -> No
         tuned = outsiders.wrapped(deepcopy(model), part, 5)
         assert torch.equal(tuned(tokens).logits, plain)
         drawn.append({name: p for name, p in tuned.named_parameters() if p.requires_grad})
-    assert sum("embed_tokens" in name for name in drawn[0]) == sum("lm_head" in name for name in drawn[0]) == 2
+    assert sum("embed_tokens" in name for name in drawn[0]) == 2 and not any("lm_head" in name for name in drawn[0])
     assert all(torch.equal(p, drawn[1][name]) for name, p in drawn[0].items())
 
 
