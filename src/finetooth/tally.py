@@ -172,6 +172,6 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         said.append(
             f"the best learning rate is at an end of the sweep, so a better one may lie outside it: {', '.join(edge)}."
         )
-    if len({r["seed"] for r in rows}) < 3:
+    if 0 < len({r["seed"] for r in rows if r["stage"] == "final"}) < 3:
         said.append("with fewer than three seeds a difference says little.")
     return said

@@ -184,6 +184,17 @@ def test_a_run_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path) -> None:
     assert "1 of 2 runs failed" in found["remarks"][0] and "empty.jsonl" in found["remarks"][0]
 
 
+def test_a_sweep_of_which_nothing_is_left(tmp_path: Path) -> None:
+    file, words = tmp_path / "runner.py", ["--methods", "full", "--lr", "0.01,0.1", "--out", str(tmp_path / "c")]
+    file.write_text(RUNNER + "\n    raise ValueError('empty.jsonl is empty')\n")
+    result = call(recipe(tmp_path), *words, "--runner", str(file))
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.exception
+    said = result.stderr
+    assert "2 of 2 runs failed" in said and "empty.jsonl is empty" in said and "seeds" not in said
+    report = runner.invoke(app, ["report", str(tmp_path / "c")])
+    assert report.exit_code == 0 and "empty.jsonl is empty" in (tmp_path / "c" / "report.html").read_text()
+
+
 def test_a_share_below_rank_1_is_refused() -> None:
     """It would be rounded up, to several times the weights that were asked for."""
     pytest.importorskip("peft", reason="SHiRA is PEFT's: pip install 'finetooth[dev]'")
@@ -296,5 +307,5 @@ def test_what_a_reader_must_know() -> None:
         {**row("a", 0, loss, 1.0), "lr": lr, "stage": "sweep", "run": f"a-{lr}"}
         for lr, loss in ((0.1, 1.0), (0.01, 2.0))
     ]
-    said = tally.remarks(rows)
+    said = tally.remarks([*rows, {**rows[0], "stage": "final"}])
     assert "at an end of the sweep" in said[0] and "a (0.1)" in said[0] and "fewer than three seeds" in said[1]

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetooth.cli import board, show
+from finetooth.cli import board, contenders, show
 from finetooth.cli.train import Json, Overrides, RecipeFile
 
 
@@ -54,6 +54,6 @@ def compare(
         plan = planned(common, wanted, seeds=seeds, select=select, runner=runner, out=out, **how)
         with board.board() as progress:
             found = run(plan, progress)
-        show.comparison(found, as_json)
+        contenders.comparison(found, as_json)
     if any(row["error"] for row in found["runs"]):
         raise typer.Exit(show.FAILED)

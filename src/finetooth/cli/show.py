@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -89,7 +88,7 @@ def bar(title: str) -> Iterator[Callable[[int, int, float | None], None]]:
 def results(found: dict[str, Any], as_json: bool) -> None:
     """The end of a run, as a table or as JSON on stdout."""
     if as_json:
-        _json(found)
+        dump(found)
         return
     console = Console(file=sys.stdout)
     took = "resumed" if found["seconds"] is None else f"{found['seconds']:.0f} s"
@@ -102,73 +101,18 @@ def results(found: dict[str, Any], as_json: bool) -> None:
         said = {"asked": "prompt", "expected": "expected", "said before": "before", "says now": "after"}
         for title, key in said.items():  # as Text: square brackets in what a model says are not markup
             facts.add_row(title, Text(found["sample"][key] or "(nothing)"))
-    facts.add_row("run folder", Text(_folder(found["run"])))
+    facts.add_row("run folder", Text(folder(found["run"])))
     console.print(facts)
     if found["skipped_steps"]:
         note(f"{found['skipped_steps']} steps had a non-finite gradient and wrote nothing.")
 
 
-def comparison(found: dict[str, Any], as_json: bool) -> None:
-    """Contenders, one a row, as a table or as JSON on stdout."""
-    if as_json:
-        _json(found)
-        return
-    from finetooth.tally import HIGHER, front, quality
-
-    lines, key = found["summary"], quality(found["summary"])
-    best = front(lines, key)
-    table = Table(
-        title=f"mean ± standard deviation; below it the difference from {lines[0]['contender']} ± 95 % interval",
-        title_justify="left",
-        box=SIMPLE,
-    )
-    name = key.replace("_", " ") + (" ↑" if key in HIGHER else " ↓")
-    costs = Table(
-        "", title="medians: what is stored, training alone, and its process at most", title_justify="left", box=SIMPLE
-    )
-    for one, heads in ((table, ("", "lr", name, "forgetting ↓")), (costs, ("runs", "changed", "bytes", "s", "MB"))):
-        for head in heads:
-            one.add_column(head, **({"justify": "right", "no_wrap": True} if head else {"overflow": "fold"}))
-    for line in lines:
-        label = Text(f"{line['contender']}{' *' if line['contender'] in best else ''}")
-        pairs = [
-            f"{_pm(line, k, f'{k}_sd')}\n{_pm(line, f'{k}_difference', f'{k}_interval', '+')}".rstrip()
-            for k in (key, "forgetting")
-        ]
-        table.add_row(label, f"{line['lr']:g}", *pairs)
-        costs.add_row(label, str(line["runs"]), *_costs(line))
-    console = Console(file=sys.stdout)
-    console.print(table)
-    console.print(costs)
-    console.print("* nobody is better in both numbers.  All of it: " + _folder(found["folder"]), highlight=False)
-    for remark in found["remarks"]:
-        note(remark)
-
-
-def _pm(line: dict[str, Any], key: str, spread: str, sign: str = "") -> str:
-    if line.get(key) is None:
-        return ""
-    around = "" if line.get(spread) is None else f" ± {line[spread]:.3f}"
-    return f"{line[key]:{sign}.3f}{around}"
-
-
-def _costs(line: dict[str, Any]) -> list[str]:
-    """Share changed, bytes of the delta, seconds, peak memory; blank where no run ended."""
-    share, size, seconds, peak = (line[k] for k in ("share", "delta_bytes", "train_seconds", "train_peak_bytes"))
-    return [
-        "" if share is None else f"{share:.1%}",
-        "" if size is None else f"{size:,.0f}",
-        "" if seconds is None else f"{seconds:.0f}",
-        "" if peak is None else f"{peak / 1e6:,.0f}",
-    ]
-
-
 def report(found: dict[str, Any], as_json: bool) -> None:
     """Where a report is, and what it could not show."""
     if as_json:
-        _json(found)
+        dump(found)
         return
-    typer.echo(f"{_folder(found['report'])}: {printable(found['title'])}, {found['bytes']:,} bytes")
+    typer.echo(f"{folder(found['report'])}: {printable(found['title'])}, {found['bytes']:,} bytes")
     for text in found["missing"]:
         note(printable(text))
 
@@ -176,12 +120,12 @@ def report(found: dict[str, Any], as_json: bool) -> None:
 def appraisal(found: dict[str, Any], as_json: bool) -> None:
     """What `finetooth eval` measured, as a table or as JSON on stdout."""
     if as_json:
-        _json(found)
+        dump(found)
         return
     console = Console(file=sys.stdout)
     _numbers(console, found, found["base"] + (f" and {found['run']}" if found["run"] else ""))
     if found["run"]:
-        console.print(Text(f"written to {_folder(found['run'])}/eval.json"))
+        console.print(Text(f"written to {folder(found['run'])}/eval.json"))
 
 
 def _numbers(console: Console, found: dict[str, Any], title: str) -> None:
@@ -204,13 +148,14 @@ def _title(name: str) -> str:
     return name if "/" in name else _TITLES.get(name, name.replace("_", " "))  # the harness's names are its own
 
 
-def _json(found: Any) -> None:
+def dump(found: Any) -> None:
+    """JSON on stdout."""
     from finetooth.run import to_json
 
     typer.echo(to_json(found, indent=2))
 
 
-def _folder(path: str) -> str:
+def folder(path: str) -> str:
     """A folder as a person would type it from here."""
     here = Path.cwd()
     return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
@@ -229,7 +174,7 @@ def note(remark: str) -> None:
 def preview(found: dict[str, Any], as_json: bool) -> None:
     """Rows of data with what is learnt set off."""
     if as_json:
-        _json(found)
+        dump(found)
         return
     console = Console(file=sys.stdout)
     for row in found["rows"]:
@@ -256,7 +201,7 @@ def preview(found: dict[str, Any], as_json: bool) -> None:
 def conflicts(found: dict[str, Any], as_json: bool, tensors: bool) -> None:
     """What several deltas change in common, by layer or by tensor; what is free of it is one line."""
     if as_json:
-        _json(found)
+        dump(found)
         return
     table = Table(title="conflicts", title_justify="left")
     table.add_column("tensor" if tensors else "layer", overflow="fold")
@@ -280,7 +225,7 @@ def conflicts(found: dict[str, Any], as_json: bool, tensors: bool) -> None:
 def contrast(found: dict[str, Any], as_json: bool) -> None:
     """Two deltas side by side, tensor by tensor."""
     if as_json:
-        _json(found)
+        dump(found)
         return
     title = f"entries {found['counted']} by A only, by B only, or by both: to equal or to different bits"
     table = Table(title=title, title_justify="left")
@@ -296,7 +241,7 @@ def contrast(found: dict[str, Any], as_json: bool) -> None:
 def survival(found: dict[str, Any], as_json: bool) -> None:
     """What quantization leaves of a delta: a row for every kind of module, and the losses of four models."""
     if as_json:
-        _json(found)
+        dump(found)
         return
     console = Console(file=sys.stdout)
     table = Table(title=f"in {found['to']}", title_justify="left")
@@ -319,7 +264,7 @@ def survival(found: dict[str, Any], as_json: bool) -> None:
 def facts(found: dict[str, Any], as_json: bool, title: str) -> None:
     """Names and values, as a table or as JSON on stdout."""
     if as_json:
-        _json(found)
+        dump(found)
         return
     table = Table(title=Text(printable(title)), show_header=False, title_justify="left")
     table.add_column(style="bold")
