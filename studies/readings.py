@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from finetooth import tally
+from finetooth.methods import METHODS
 
 PARTS = (
     "core",
@@ -124,7 +125,8 @@ def known(rows: Iterable[Row], lines: Iterable[Row]) -> list[Row]:
 def bins(rows: Sequence[Row], edges: Sequence[float]) -> list[Row]:
     """Lines of contenders bin by bin of their stored bytes, with the front of each.
 
-    Differences are from the `random` of the nearest size, named as `against`, if its file and theirs differ by no more than half.
+    Differences are from the `random` of the nearest size, named as `against`, if its file and theirs differ by no more than half, and
+    if both train embeddings or neither does.
 
     >>> made = [("random:keep=0.1", 2.0), ("grad:keep=0.1", 1.5), ("gmt", 1.0)]
     >>> rows = [{"contender": c, "method": c.split(":")[0], "keep": None, "lr": 1.0, "seed": 0, "error": "", "task_loss": x,
@@ -138,11 +140,27 @@ def bins(rows: Sequence[Row], edges: Sequence[float]) -> list[Row]:
     for i, (least, most) in enumerate(pairwise(edges)):
         own = [r for r in rows if least <= size[r["contender"]] < most]
         lines = [
-            _beside(rows, label, nearest(size, label, chance)) for label in dict.fromkeys(r["contender"] for r in own)
+            _beside(rows, label, nearest(size, label, [c for c in chance if embeddings(c) == embeddings(label)]))
+            for label in dict.fromkeys(r["contender"] for r in own)
         ]
         front = tally.front(lines, "task_loss")
         found += [{"bin": i, "front": line["contender"] in front, **line} for line in known(own, lines)]
     return found
+
+
+def embeddings(label: str) -> bool:
+    """Whether a contender trains embeddings.
+
+    >>> [embeddings(label) for label in ("gmt:keep=0.1", "gmt:targets=linear", "random", "random:targets=all", "lora:embeddings=true")]
+    [True, False, False, True, True]
+    """
+    name, *options = label.split(":")
+    row = METHODS.get(name)
+    return (
+        "targets=all" in options
+        or "embeddings=true" in options
+        or (row is not None and "targets=linear" not in options and (row.rule is None or row.rule.targets == "all"))
+    )
 
 
 def nearest(size: Mapping[str, float], label: str, others: Sequence[str], within: float = 1.5) -> str | None:
