@@ -24,7 +24,7 @@ import typer
 import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-from readings import Lines, Row, every, read, saved
+from readings import Lines, Row, embeddings, every, read, saved
 
 HERE = Path(__file__).parent
 STYLE = {"svg.hashsalt": "finetooth", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 8}
@@ -144,7 +144,10 @@ def curves(lines: Lines, over: str) -> Figure:
 
 
 def fronts(lines: Lines, count: int) -> Figure:
-    """Learning against forgetting: a row for each recipe, a column for each bin of stored bytes that has somebody, its front dashed."""
+    """Learning against forgetting: a row for each recipe, a column for each bin of stored bytes that has somebody, its front dashed.
+
+    Marks are hollow where embeddings do not train.
+    """
     used = [i for i in range(count) if any(x["bin"] == i for own in lines.values() for x in own)]
     figure = Figure(figsize=(2.1 * len(used) + 1.9, 2.0 * len(lines) + 0.3), layout="constrained")
     methods = list(dict.fromkeys(x["method"] for own in lines.values() for x in own))
@@ -152,8 +155,9 @@ def fronts(lines: Lines, count: int) -> Figure:
     for pair, (recipe, own) in zip(grid, lines.items(), strict=True):
         for axes, i in zip(pair, used, strict=True):
             for x in (x for x in own if x["bin"] == i):
-                at = methods.index(x["method"])
-                axes.plot(x["task_loss"], x["forgetting"], color=f"C{at % 10}", marker=MARKS[at % 16], ms=4, ls="")
+                at, inside = methods.index(x["method"]), None if embeddings(x["contender"]) else "white"
+                mark = {"color": f"C{at % 10}", "marker": MARKS[at % 16], "markerfacecolor": inside}
+                axes.plot(x["task_loss"], x["forgetting"], ms=4, ls="", **mark)
             ends = sorted((x for x in own if x["bin"] == i and x["front"]), key=lambda x: x["task_loss"])
             axes.plot([x["task_loss"] for x in ends], [x["forgetting"] for x in ends], color="black", lw=0.6, ls="--")
             sizes = [x["delta_bytes"] for own_ in lines.values() for x in own_ if x["bin"] == i]

@@ -11,7 +11,7 @@ Row = Mapping[str, Any]
 TOLD = {
     "differences": "Differences from the first line.",
     "curve": "Differences from the first line.",
-    "bins": "Differences from the `random` whose file is nearest in size, if it differs by no more than half, and if both train embeddings or neither does; **bold** is on the front of its bin.",
+    "bins": "Differences from the `random` whose file is nearest in size, if it differs by no more than half, and if both train embeddings or neither does; **bold** is on the front of its bin. Hollow marks are of those that do not train embeddings.",
     "rates": "Each run of the sweeps, the first seed, on the rows by which a rate is chosen; **bold** is on the front of all of them.",
     "equal": "How much more it forgets at the same task loss than `{}`, from runs at several rates.",
 }
