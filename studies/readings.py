@@ -32,6 +32,8 @@ PARTS = (
     "budgets-least",
     "budgets-half",
     "budgets-gmt",
+    "budgets-default",
+    "budgets-default-strict",
     "budgets-gmt-strict",
 )
 TEXTS = (
@@ -155,12 +157,9 @@ def embeddings(label: str) -> bool:
     [True, False, False, True, True]
     """
     name, *options = label.split(":")
-    row = METHODS.get(name)
-    return (
-        "targets=all" in options
-        or "embeddings=true" in options
-        or (row is not None and "targets=linear" not in options and (row.rule is None or row.rule.targets == "all"))
-    )
+    given, row = dict(option.split("=", 1) for option in options), METHODS.get(name)
+    usual = "linear" if row is None else "all" if row.rule is None else row.rule.targets
+    return given.get("targets", usual) == "all" or given.get("embeddings") == "true"
 
 
 def nearest(size: Mapping[str, float], label: str, others: Sequence[str], within: float = 1.5) -> str | None:

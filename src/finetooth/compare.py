@@ -32,7 +32,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from finetooth import inputs, run, scatter, tally
+from finetooth import inputs, outsiders, run, scatter, tally
 from finetooth.contest import Contender, Entry, contenders
 from finetooth.files import whole
 from finetooth.recipe import Recipe, RecipeError
@@ -85,6 +85,9 @@ def planned(
     if not names:
         raise RecipeError("--methods names none.")
     found = contenders(names, keeps, common.method)
+    for one in found:
+        if one.method.name in outsiders.NAMES:
+            outsiders.check(one.method, common.merged)
     first = common.train.seed
     where = str(select.resolve()) if select else None
     return Plan(common, found, sorted(rates), list(range(first, first + seeds)), out, where, runner=runner, **how)

@@ -2,8 +2,8 @@
 
     method: {name: lora, r: 16} or {name: shira, share: 0.01}
 
-`embeddings: true` gives LoRA an adapter on the token embeddings too, and none on a head that is the same weight: TRL, which reads the
-head's weight itself, refuses one there.
+`embeddings: true` gives LoRA an adapter on the token embeddings too, and none on the head: TRL, which reads the head's weight itself, refuses
+one there. It is not merged: where embeddings and head are one weight, that would change what the head computes.
 
 What is written is what `finetooth train` writes as `results.json`, so that the two can stand side by side. `delta_bytes` is the
 size of PEFT's adapter file.
@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from finetooth import run
-from finetooth.anatomy import matching, survey, tied
+from finetooth.anatomy import matching, survey
 from finetooth.jobs import Job, check_context, check_evaluation, load
 from finetooth.measure import Measured, forgetting, measure, notes
 from finetooth.recipe import MethodPart, Recipe, RecipeError
@@ -36,8 +36,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {"lora": {"r": 16, "alpha": None, "embeddi
 _ADAPTER = "adapter_model.safetensors"
 
 
-def check(part: MethodPart) -> None:
-    """RecipeError for an option that the outsider has not."""
+def check(part: MethodPart, merged: bool = False) -> None:
+    """RecipeError for an option that the outsider has not, or that cannot be `merged`."""
     options = _OPTIONS[part.name]
     if part.keep is not None or part.targets is not None:
         raise RecipeError(f"{part.name} has neither keep nor targets: its options are {', '.join(options)}.")
@@ -49,6 +49,8 @@ def check(part: MethodPart) -> None:
                 raise RecipeError(f"{part.name}:{key}={value!r}: give true or false.")
         elif not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
             raise RecipeError(f"{part.name}:{key}={value!r}: give a number above 0.")
+    if merged and (part.model_extra or {}).get("embeddings"):
+        raise RecipeError("merged: true cannot be had with lora:embeddings=true: the head has no adapter.")
 
 
 def wrapped(model: nn.Module, part: MethodPart, seed: int) -> Any:
@@ -103,14 +105,12 @@ def train(recipe: Recipe, before: Measured | None = None) -> dict[str, Any]:
     `before` is what `measure` said of the base, where it is known.
     """
     started = time.monotonic()
-    check(recipe.method)
+    check(recipe.method, recipe.merged)
     check_evaluation(recipe)
     check_context(recipe)
     shutil.rmtree(recipe.output, ignore_errors=True)
     folder = run.start(recipe)
     job = load(recipe, folder)
-    if recipe.merged and (recipe.method.model_extra or {}).get("embeddings") and tied(job.model):
-        raise RecipeError("merged: the adapter is of the embeddings, which are one weight with the head here.")
     base, _ = before or measure(job)
     job.model = tuned = wrapped(job.model, recipe.method, recipe.train.seed)
     args = arguments(job, clip=recipe.optimizer.max_grad_norm or 0.0, save=False)

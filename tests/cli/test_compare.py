@@ -157,6 +157,7 @@ def test_a_protocol_of_its_own_and_rates_followed_outwards(tmp_path: Path) -> No
         (["--methods", "lora:rank=3"], "no option 'rank': there are r, alpha, embeddings"),
         (["--methods", "lora:keep=0.1"], "neither keep nor targets"),
         (["--methods", "lora:embeddings=2"], "lora:embeddings=2: give true or false"),
+        (["--methods", "lora:embeddings=true", "merged=true"], "merged: true cannot be had with lora:embeddings"),
         (["--lr", "1e-3,x"], "--lr 1e-3,x: give numbers"),
         (["--lr", "0"], "learning rates are above 0"),
         (["--lr", "1e-3,1e-3"], "a number is there twice"),

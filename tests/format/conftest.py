@@ -26,7 +26,7 @@ def saved(tmp_path: Path) -> tuple[Path, Weights, Weights]:
 def loops(request: pytest.FixtureRequest) -> Iterator[None]:
     """The codings' loops of a new process, and those of one that has coded much."""
     if request.param == "compiled":
-        pytest.importorskip("numba")
+        pytest.importorskip("numba", reason="compiled loops: pip install 'finetooth[cpu]'")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(twins, "PAYS", sys.maxsize if request.param == "numpy" else 0)
         yield

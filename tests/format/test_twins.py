@@ -16,7 +16,7 @@ UNITS = 30_000_000
 @pytest.fixture
 def paying(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that has coded nothing, and that compiles in the middle of the ids."""
-    pytest.importorskip("numba")
+    pytest.importorskip("numba", reason="compiled loops: pip install 'finetooth[cpu]'")
     monkeypatch.setattr(twins, "_coded", [0])
     monkeypatch.setattr(twins, "PAYS", IDS.size // 2)
 
