@@ -35,6 +35,8 @@ PARTS = (
     "budgets-default",
     "budgets-default-strict",
     "budgets-gmt-strict",
+    "budgets-e2e-sparse",
+    "budgets-e2e-middle",
 )
 TEXTS = (
     "part",

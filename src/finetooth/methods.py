@@ -84,7 +84,7 @@ _ROWS = (
         mask="update",
         options={"relative": True, "zero_moments": False},
         configure=method.dst,
-        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 27), 0.08: (27, 27), 0.35: (3, 3), 0.5: (3, 3)},
+        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 27), 0.08: (9, 27), 0.35: (3, 3), 0.5: (3, 3)},
         deviations=(
             "A silo is one module in one layer, its bias included. The budget is round(keep * |S|), exactly.",
             "Distances are float32 differences of the proposed weight and the base. Where they tie, as absolute ones do at Adam's first step, "
@@ -296,7 +296,7 @@ _ROWS = (
         "A random share of the weights: the control.",
         "the control of SHiRA-Rand, arXiv 2406.13175",
         Rule(scores.random),
-        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 81), 0.08: (27, 27), 0.35: (3, 3), 0.5: (3, 3)},
+        rates={0.001: (240, 240), 0.005: (81, 81), 0.02: (27, 81), 0.08: (9, 27), 0.35: (3, 3), 0.5: (3, 3)},
         deviations=(*_STATIC, "Chosen by a hash of (seed, name, unit), the same on every device."),
     ),
     Method(
