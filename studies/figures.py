@@ -32,10 +32,14 @@ MARKS = "osD^vP*Xph<>d8H1"
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="The folder of a size of the study.")],
+    out: Annotated[Path, typer.Option(help="The folder of a size of the study, as runs/study/small.")],
     to: Annotated[Path | None, typer.Option(help="Where to write, if not there.")] = None,
 ) -> None:
     """Draw what has been run."""
+    if out.name not in (sizes := source("sizes")):
+        raise typer.BadParameter(
+            f"--out must end in the name of a size, one of {', '.join(sizes)}, not in {out.name!r}."
+        )
     typer.echo("\n".join(draw(out, to)))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 from safetensors import safe_open
 from transformers import AutoConfig
@@ -116,6 +117,12 @@ def test_the_card_of_the_base_says_what_was_measured(script: Any, tmp_path: Path
     assert (base / "model.safetensors").stat().st_size < 40e6
     script("base/card.py")["write"](tmp_path, config, sum(math.prod(s) for s in shapes.values()), told)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == (base / "README.md").read_text(encoding="utf-8")
+
+
+def test_figures_of_what_is_no_size_are_refused(script: Any, tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="one of try, small, full, not in 'other'"):
+        script("figures.py")["main"](tmp_path / "other")
+    assert not list(tmp_path.iterdir())
 
 
 def final(contender: str, seed: int, loss: float, size: float, lr: float = 1e-3) -> dict[str, Any]:
