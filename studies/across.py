@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pages import difference, joined
-from readings import Row, runs
+from readings import Row, parts, runs
 
 from finetooth import tally
 
@@ -15,8 +15,9 @@ NUMBERS = ("task_loss", "forgetting")
 
 def page(rows: Sequence[Row], pool: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
     """A table for each number: a line for every pair, a column for every task that has one. Bold where the interval leaves out 0. Then the rates."""
-    recipes = dict.fromkeys(recipe for part in asked["parts"] for recipe in pool[part]["recipes"])
-    own = {recipe: found for recipe in recipes if (found := runs(rows, asked["parts"], recipe))}
+    named = parts(pool, asked)
+    recipes = dict.fromkeys(recipe for part in named for recipe in pool[part]["recipes"])
+    own = {recipe: found for recipe in recipes if (found := runs(rows, named, recipe))}
     told = []
     for number in NUMBERS:
         lines: list[list[str]] = []

@@ -22,22 +22,6 @@ from typing import Any
 from finetooth import tally
 from finetooth.methods import METHODS
 
-PARTS = (
-    "core",
-    "sparse",
-    "middle",
-    "budgets",
-    "budgets-sparse",
-    "budgets-middle",
-    "budgets-least",
-    "budgets-half",
-    "budgets-gmt",
-    "budgets-default",
-    "budgets-default-strict",
-    "budgets-gmt-strict",
-    "budgets-e2e-sparse",
-    "budgets-e2e-middle",
-)
 TEXTS = (
     "part",
     "recipe",
@@ -92,12 +76,23 @@ def runs(rows: Sequence[Row], parts: Sequence[str], recipe: str, stage: str = "f
     return list(found.values())
 
 
+def parts(pool: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """The parts that are read: those that are named, or the main ones and all budgets, and `more`.
+
+    >>> pool = dict.fromkeys(("core", "sparse", "budgets-half", "forms", "time"))
+    >>> parts(pool, {}), parts(pool, {"more": ["forms"]}), parts(pool, {"parts": ["time"]})
+    (['core', 'sparse', 'budgets-half'], ['core', 'sparse', 'budgets-half', 'forms'], ['time'])
+    """
+    main = [part for part in pool if part in ("core", "sparse", "middle") or part.startswith("budgets")]
+    return asked.get("parts") or [*main, *asked.get("more", ())]
+
+
 def read(rows: Sequence[Row], pool: Mapping[str, Any], asked: Mapping[str, Any]) -> Lines:
     """A table of a question, as far as it has been run."""
-    parts = asked.get("parts", PARTS)
-    recipes = asked.get("recipes") or dict.fromkeys(recipe for part in parts for recipe in pool[part]["recipes"])
+    named = parts(pool, asked)
+    recipes = asked.get("recipes") or dict.fromkeys(recipe for part in named for recipe in pool[part]["recipes"])
     stage = "sweep" if asked["kind"] == "rates" else "final"
-    found = {recipe: runs(rows, parts, recipe, stage) for recipe in recipes}
+    found = {recipe: runs(rows, named, recipe, stage) for recipe in recipes}
     lines = {recipe: _table(own, asked) for recipe, own in found.items() if own}
     return {recipe: own for recipe, own in lines.items() if own}
 
