@@ -55,6 +55,7 @@ def test_the_pool_is_comparisons_that_could_run(size: str, script: Any, tmp_path
 def test_questions_read_what_the_pool_has(script: Any) -> None:
     assert [name[0] for name in QUESTIONS] == list("123456")
     parts = script("readings.py")["parts"]
+    known = {"kind", "contenders", "methods", "parts", "more", "recipes", "number", "over", "edges"}
     for question in QUESTIONS.values():
         for name, table in question.items():
             if name == "question":
@@ -62,17 +63,7 @@ def test_questions_read_what_the_pool_has(script: Any) -> None:
             trained = [m for part in parts(POOL, table) for m in POOL[part]["methods"]]
             assert set(table.get("contenders", [])) <= set(trained), name
             assert set(table.get("methods", [])) <= {m.split(":")[0] for m in trained}, name
-            assert set(table) <= {
-                "kind",
-                "contenders",
-                "methods",
-                "parts",
-                "more",
-                "recipes",
-                "number",
-                "over",
-                "edges",
-            }
+            assert set(table) <= known, name
     trained = [m for part in parts(POOL, ACROSS) for m in POOL[part]["methods"]]
     assert {name for pairs in ACROSS["pairs"].values() for pair in pairs for name in pair} <= set(trained)
 
