@@ -227,7 +227,10 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     given = arguments()
     options = {key: _value(value) for key, _, value in (each.partition("=") for each in given.set)}
-    check_options(given.row, {k: v for k, v in options.items() if k != "keep"}, options.get("keep"))
+    try:
+        check_options(given.row, {k: v for k, v in options.items() if k != "keep"}, options.get("keep"))
+    except ValueError as error:
+        sys.exit(f"--set: {error}")
     name = given.name or "-".join([given.row, *(f"{k}_{v}" for k, v in options.items()), f"lr_{given.lr:g}"])
     out = (given.out / name).resolve()
     source = None if given.source is None else given.source.resolve()

@@ -157,3 +157,12 @@ def test_what_is_not_for_params(
 def test_no_checkout(kit: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="git clone"):
         kit.opened(tmp_path)
+
+
+@pytest.mark.parametrize(("row", "more", "said"), [("gmt", ["--set", "kep=1"], "kep"), ("rows", [], "needs rows=")])
+def test_an_option_is_refused_before_anything_is_loaded(
+    row: str, more: list[str], said: str, kit: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["run.py", "--peft", "no such folder", "--row", row, *more])
+    with pytest.raises(SystemExit, match=f"^--set: .*{said}"):
+        kit.main()
