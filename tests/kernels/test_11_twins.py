@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetooth.kernels import OPS, NoKernel, check, pick, reference
 
@@ -34,6 +35,16 @@ def test_equal(case: Callable[[str, str], None], backend: str, device: str) -> N
     if not hasattr(importlib.import_module(f"finetooth.kernels.{backend}"), op):
         pytest.skip(f"{backend} has no {op}: the reference does it")
     case(backend, device)
+
+
+def test_a_tensor_without_values_is_not_read() -> None:
+    """What a plan has in place of weights: their memory would be somebody else's, and so would what is read from it."""
+    pytest.importorskip("numba", reason="compiled loops: pip install 'finetooth[cpu]'")
+    numba = importlib.import_module("finetooth.kernels.numba")
+    with FakeTensorMode():
+        w = torch.empty(4, 64)
+        with pytest.raises(RuntimeError, match="without values"):
+            numba.best_steps(w, w.amax(1, keepdim=True), [1.0, 0.9], 7)
 
 
 def test_triton_through_its_interpreter() -> None:

@@ -29,6 +29,7 @@ import torch
 from llvmlite import ir
 from numba.extending import intrinsic, overload
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = np.ndarray[Any, Any]
@@ -78,7 +79,9 @@ def known(*tensors: Tensor | None) -> bool:
 
 
 def flat(t: Tensor) -> Array:
-    """A tensor's memory as numpy sees it, for reading: a copy if it is not contiguous."""
+    """A tensor's memory as numpy sees it, for reading: a copy if it is not contiguous. RuntimeError for one without values."""
+    if isinstance(t, FakeTensor):
+        raise RuntimeError("a tensor without values has no memory to read.")  # from_dlpack would hand out other memory
     t = t.detach()
     if not t.is_contiguous():
         t = t.contiguous()
